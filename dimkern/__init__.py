@@ -1,0 +1,35 @@
+"""Deep InfoMax losses at the speed of bare matrix products, without the pair tensor.
+
+The layers, from the outside in (nothing imports anything above it):
+
+    functional, modules   the public losses: validate, choose, compute, reduce
+    ops                   torch.library ops with their autograd
+    streaming             the driver: score -> map -> finish -> accumulate over blocks of pairs
+    backends/             the map step on each device
+    plan, config          what to compute and how, within which memory
+    estimators            the maths, one row for each estimator
+    reference             the naive pair tensor: the oracle and the honest baseline
+"""
+
+from ._version import __version__
+from .config import config
+from .explain import doctor, explain
+from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
+from .modules import DonskerVaradhanLoss, FenchelDualLoss, InfoNCELoss
+from .plan import BACKENDS
+
+
+__all__ = [
+    "BACKENDS",
+    "DonskerVaradhanLoss",
+    "FenchelDualLoss",
+    "InfoNCELoss",
+    "LossParts",
+    "__version__",
+    "config",
+    "doctor",
+    "donsker_varadhan_loss",
+    "explain",
+    "fenchel_dual_loss",
+    "infonce_loss",
+]

@@ -1,0 +1,1 @@
+"""The map step (or score and map fused) on each device; every file offers `Tiles` (see `dimkern.streaming`)."""

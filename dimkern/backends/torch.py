@@ -1,0 +1,171 @@
+"""Tiles in plain PyTorch: the dot critic on any device, GEMMs by torch.
+
+Owns the scaled summaries, the staging of local features and the scratch tiles of one call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+
+
+class TorchTiles:
+    """s = scale * <g, c>, softly clipped where the problem says so (MATHS.md §1)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        c: Tensor,  # (N, L, K) any strides, any floating dtype
+        g: Tensor,  # (N, P, K)
+        scale: Tensor,  # 0-d
+        grad_c: Tensor | None,  # (N, L, K) score dtype, contiguous, uninitialised
+        grad_h: Tensor | None,  # (N, P, K) the gradient by scale * g
+    ) -> None:
+        p = plan.problem
+        self._p, self._row, self._clip = p, p.row, p.clip
+        self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
+        self._g = (g.to(p.score_dtype) * scale.to(p.score_dtype)).contiguous()  # (N, P, K)
+        self._scratch: Tensor | None = None
+        self._staging: Tensor | None = None
+        self._staged: slice | None = None
+        self._kept: dict[int, Tensor] = {}
+        self._largest_tile = plan.row_images * p.P * plan.col_images * p.L
+        self._kept_pool: Tensor | None = None
+        self._plan = plan
+
+    def positives(self) -> Tensor:
+        p = self._p
+        scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype, device=p.device)
+        for cols in self._plan.col_blocks():
+            torch.bmm(self._g[cols], self._locals(cols).transpose(1, 2), out=scores[cols])
+        return self._soft_clip(scores)
+
+    def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        tile = self._score(rows, cols, self._scratch_tile())
+        ref = self._reference(tile, rows, cols)
+        return self._per_row(ref), self._per_row(self._sum(self._row.psi(tile, ref), rows, cols))
+
+    def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        tile = self._score(rows, cols, self._kept_tile(rows, cols))
+        ref = self._reference(tile, rows, cols)
+        sums = self._map(tile, ref, rows, cols)
+        self._kept[cols.start] = tile
+        return self._per_row(ref), self._per_row(sums)
+
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor) -> None:
+        self._accumulate(self._kept.pop(cols.start), rows, cols, alpha)
+
+    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor) -> Tensor:
+        tile = self._score(rows, cols, self._scratch_tile())
+        if ref is None:
+            ref = self._reference(tile, rows, cols)
+        else:
+            ref = ref.to(self._p.score_dtype).reshape(-1, 1)
+            self._own(tile, rows, cols, -torch.inf)
+        sums = self._map(tile, ref, rows, cols)
+        self._accumulate(tile, rows, cols, alpha)
+        return self._per_row(sums)
+
+    def accumulate_positives(self, weights: Tensor) -> None:
+        weights = weights.to(self._p.score_dtype)
+        if self._clip is not None:
+            weights = weights * self._slope(self.positives())
+        for cols in self._plan.col_blocks():
+            if self._grad_h is not None:
+                self._grad_h[cols].baddbmm_(weights[cols], self._locals(cols))
+            if self._grad_c is not None:
+                self._grad_c[cols].baddbmm_(weights[cols].transpose(1, 2), self._g[cols])
+
+    def rescale(self, factor: Tensor) -> None:
+        for gradient in (self._grad_c, self._grad_h):
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def _score(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
+        g = self._g[rows].flatten(0, 1)  # (rows, K)
+        c = self._locals(cols).flatten(0, 1)  # (cols, K)
+        tile = out[: g.shape[0] * c.shape[0]].view(g.shape[0], c.shape[0])
+        return self._soft_clip(torch.mm(g, c.t(), out=tile))
+
+    def _soft_clip(self, scores: Tensor) -> Tensor:
+        return scores if self._clip is None else scores.div_(self._clip).tanh_().mul_(self._clip)
+
+    def _slope(self, clipped: Tensor) -> Tensor:
+        """Derivative of the soft clip at scores that are clipped already."""
+        assert self._clip is not None
+        return 1.0 - (clipped / self._clip).square_()
+
+    def _reference(self, tile: Tensor, rows: slice, cols: slice) -> Tensor:
+        """The exact maximum over the block's negatives, (rows, 1): no guess, so no repair."""
+        if self._row.family == "pointwise":
+            return tile.new_zeros(tile.shape[0], 1)
+        self._own(tile, rows, cols, -torch.inf)
+        highest = tile.amax(1, keepdim=True)
+        # an empty (-inf) or overflown (+inf) row takes any finite reference: inf - inf would be NaN
+        return torch.where(highest.isinf(), 0.0, highest)
+
+    def _map(self, tile: Tensor, ref: Tensor, rows: slice, cols: slice) -> Tensor:
+        """Turn scores into weights phi in place; the row sums of psi, (rows,)."""
+        slope = None if self._clip is None else self._slope(tile)
+        weights = self._row.phi(tile, ref)
+        sums = self._sum(weights if self._row.shares_map else self._row.psi(tile, ref), rows, cols)
+        tile.copy_(weights) if slope is None else torch.mul(weights, slope, out=tile)
+        self._own(tile, rows, cols, 0.0)
+        return sums
+
+    def _sum(self, psi: Tensor, rows: slice, cols: slice) -> Tensor:
+        self._own(psi, rows, cols, 0.0)
+        return psi.sum(1)
+
+    def _own(self, tile: Tensor, rows: slice, cols: slice, value: float) -> None:
+        """Overwrite the own-image pairs of a tile, its block diagonal."""
+        first, last = max(rows.start, cols.start), min(rows.stop, cols.stop)
+        if first < last:
+            blocks = tile.view(rows.stop - rows.start, self._p.P, cols.stop - cols.start, self._p.L)
+            own = blocks[first - rows.start : last - rows.start, :, first - cols.start : last - cols.start]
+            own.diagonal(dim1=0, dim2=2).fill_(value)
+
+    def _accumulate(self, tile: Tensor, rows: slice, cols: slice, alpha: Tensor) -> None:
+        alpha = alpha.to(self._p.score_dtype).reshape(-1, 1)  # (rows, 1)
+        if self._grad_h is not None:
+            grad = self._grad_h[rows].flatten(0, 1)
+            product = torch.mm(tile, self._locals(cols).flatten(0, 1))
+            if cols.start == 0:
+                torch.mul(product, alpha, out=grad)
+            else:
+                grad.addcmul_(product, alpha)
+        if self._grad_c is not None:
+            grad = self._grad_c[cols].flatten(0, 1)
+            grad.addmm_(tile.t(), self._g[rows].flatten(0, 1) * alpha, beta=1 if rows.start else 0)
+
+    def _locals(self, cols: slice) -> Tensor:
+        """Local features of some images, (cols, L, K) with a matrix's strides: a view, or staged once per block."""
+        if not self._p.staged:
+            return self._c[cols]
+        if self._staging is None:
+            self._staging = torch.empty(
+                self._plan.col_images, self._p.L, self._p.K, dtype=self._p.score_dtype, device=self._p.device
+            )
+        block = self._staging[: cols.stop - cols.start]
+        if self._staged != cols:
+            block.copy_(self._c[cols])
+            self._staged = cols
+        return block
+
+    def _scratch_tile(self) -> Tensor:
+        if self._scratch is None:
+            self._scratch = torch.empty(self._largest_tile, dtype=self._p.score_dtype, device=self._p.device)
+        return self._scratch
+
+    def _kept_tile(self, rows: slice, cols: slice) -> Tensor:
+        """This column block's place among the weights kept for a row block."""
+        p = self._p
+        if self._kept_pool is None:
+            size = self._plan.row_images * p.P * p.N * p.L
+            self._kept_pool = torch.empty(size, dtype=p.score_dtype, device=p.device)
+        return self._kept_pool[(rows.stop - rows.start) * p.P * cols.start * p.L :]
+
+    def _per_row(self, statistic: Tensor) -> Tensor:
+        return statistic.reshape(-1, self._p.P)

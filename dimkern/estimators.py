@@ -1,0 +1,151 @@
+"""The maths of every estimator: one row each.
+
+Owns the scalar functions, their derivatives and the formula each family closes a row with. Knows
+nothing of tiles, devices or dtypes. To add an estimator, add a row: the backends, the generated C++
+and Triton sources (`kernels/emit.py`) and the tests enumerate REGISTRY.
+
+A row is text that Python, Triton and C++ all read as the same expression in
+
+    s      the score of a pair
+    ref    the reference of its row (log-sum-exp families only; any number gives the same loss)
+
+and the names of FUNCTIONS and CONSTANTS. Literals are not allowed: `0.5` is a double in C++, and `1/2` is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CONSTANTS = {"one": 1.0, "two": 2.0, "half": 0.5, "quarter": 0.25, "log2": math.log(2.0)}
+
+
+def _softplus(x: Tensor) -> Tensor:
+    # beyond 40 the correction e^-x is below float64's resolution; torch's default of 20 is not
+    return F.softplus(x, threshold=40.0)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": _softplus,
+    "sigmoid": torch.sigmoid,
+    "exp": torch.exp,
+}
+
+Family = Literal["pointwise", "row_lse", "global_lse"]
+Term = Callable[..., Tensor]
+
+
+def _term(text: str, *arguments: str) -> Term:
+    """The function of `arguments` that `text` states, on tensors of any shape."""
+    namespace = {**CONSTANTS, **FUNCTIONS}
+    code = compile(text, f"<estimator term {text!r}>", "eval")
+
+    def evaluate(*values: Tensor) -> Tensor:
+        result = eval(code, namespace, dict(zip(arguments, values, strict=True)))
+        return result if isinstance(result, Tensor) else torch.full_like(values[0], result)
+
+    return evaluate
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """One lower bound of the mutual information: loss = E_negatives[...] - E_positives[f]."""
+
+    name: str
+    family: Family
+    f_text: str  # positive term f(s)
+    df_text: str  # f'(s)
+    psi_text: str  # what is summed over the negatives: h(s), or e^(s - ref)
+    phi_text: str  # the weight of a negative up to its row's alpha: h'(s), or e^(s - ref)
+    mi: Literal["bound", "score", "twice_score", "pearson", "none"]  # see `mutual_information`
+    source: str
+    f: Term = field(init=False, repr=False, compare=False)
+    df: Term = field(init=False, repr=False, compare=False)
+    psi: Term = field(init=False, repr=False, compare=False)
+    phi: Term = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("f", "df"):
+            object.__setattr__(self, name, _term(getattr(self, f"{name}_text"), "s"))
+        for name in ("psi", "phi"):
+            object.__setattr__(self, name, _term(getattr(self, f"{name}_text"), "s", "ref"))
+
+    @cached_property
+    def shares_map(self) -> bool:
+        """One evaluation serves the sum and the weight."""
+        return self.psi_text == self.phi_text
+
+
+_ROWS = (
+    Estimator("infonce", "row_lse", "s", "one", "exp(s - ref)", "exp(s - ref)", "bound",
+              "van den Oord et al. 2018, eq. 4; Hjelm et al. 2019, eq. 5"),
+    Estimator("dv", "global_lse", "s", "one", "exp(s - ref)", "exp(s - ref)", "bound",
+              "Donsker & Varadhan 1983; Belghazi et al. 2018, eq. 10; Hjelm et al. 2019, eq. 2"),
+    Estimator("jsd", "pointwise", "log2 - softplus(-s)", "sigmoid(-s)", "softplus(s) - log2", "sigmoid(s)", "score",
+              "Nowozin et al. 2016, table 6; Hjelm et al. 2019, eq. 4"),
+    Estimator("gan", "pointwise", "-softplus(-s)", "sigmoid(-s)", "softplus(s)", "sigmoid(s)", "score",
+              "Goodfellow et al. 2014; Nowozin et al. 2016, table 6"),
+    Estimator("kl", "pointwise", "s", "one", "exp(s - one)", "exp(s - one)", "bound",
+              "Nguyen, Wainwright & Jordan 2010; Nowozin et al. 2016, table 6"),
+    Estimator("rkl", "pointwise", "-exp(-s)", "exp(-s)", "s - one", "one", "score",
+              "Nowozin et al. 2016, table 6"),
+    Estimator("h2", "pointwise", "one - exp(-s)", "exp(-s)", "exp(s) - one", "exp(s)", "twice_score",
+              "Nowozin et al. 2016, table 6 (squared Hellinger)"),
+    Estimator("x2", "pointwise", "s", "one", "quarter * s * s + s", "half * s + one", "pearson",
+              "Nowozin et al. 2016, table 6 (Pearson)"),
+    Estimator("w1", "pointwise", "s", "one", "s", "one", "none",
+              "Arjovsky et al. 2017 (the critic's Lipschitz constraint is the caller's)"),
+)  # fmt: skip
+
+REGISTRY: dict[str, Estimator] = {row.name: row for row in _ROWS}
+
+# The score that the reference implementation gives an image's own locations instead of dropping them.
+OFFICIAL_SELF_SCORE = -10.0
+
+
+# What closes a row. `positives` are the scores (N, P, L) of the own-image pairs; `negatives` (N, P) is the
+# row's negative term: E[h] (pointwise), D_r (row_lse), or the one D of all rows (global_lse).
+
+
+def item_losses(estimator: Estimator, positives: Tensor, negatives: Tensor) -> Tensor:
+    """The losses whose mean is the loss: (N, P, L) for row_lse, else each row's share (N, P)."""
+    if estimator.family == "row_lse":
+        return _softplus(negatives.unsqueeze(-1) - positives)
+    return negatives - estimator.f(positives).mean(-1)
+
+
+def mean_loss_weights(estimator: Estimator, positives: Tensor, negatives: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Derivatives of the mean of `item_losses` over all `rows` rows: by the positives, by the negatives."""
+    each = 1.0 / (rows * positives.shape[-1])
+    if estimator.family == "row_lse":
+        q = torch.sigmoid(negatives.unsqueeze(-1) - positives) * each
+        return -q, q.sum(-1)
+    return estimator.df(positives) * -each, torch.full_like(negatives, 1.0 / rows)
+
+
+def mutual_information(estimator: Estimator, positives: Tensor, loss: Tensor, candidates: int) -> Tensor:
+    """The estimate, in nats, that the critic implies (MATHS.md §2).
+
+    InfoNCE is capped at log(candidates) by construction and, because an image's negatives are
+    correlated, not a certified lower bound. KL and DV are their bound. The other divergences bound
+    themselves, not the mutual information, so theirs is the plug-in E[log p/q]; W1 has none (NaN).
+    """
+    match estimator.mi:
+        case "bound":
+            return (math.log(candidates) if estimator.family == "row_lse" else 0.0) - loss
+        case "score":
+            return positives.mean()
+        case "twice_score":
+            return positives.mean() * 2.0
+        case "pearson":
+            ratio = 1.0 + positives * 0.5
+            return torch.where(ratio > 0, ratio, torch.nan).log().mean()
+        case "none":
+            return torch.full_like(loss, torch.nan)

@@ -1,0 +1,97 @@
+"""What was chosen and why, for people: `explain` for one call, `doctor` for the installation."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+from torch import Tensor
+
+from .config import memory_budget
+from .estimators import REGISTRY
+from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, make_plan, why_not
+from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair
+
+
+def explain(
+    l: Tensor,
+    m: Tensor,
+    *,
+    loss: str = "infonce",
+    clip: float | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> str:
+    """How a loss would be computed on these inputs: backend, loop order, blocks, FLOPs, bytes and peak memory.
+
+    Args:
+        l, m: as for the loss; gradients are counted where they require them.
+        loss: an estimator: "infonce", "dv", or a measure of `fenchel_dual_loss`, in either case.
+        clip, reduction, backend: as for the loss.
+
+    Raises:
+        ValueError, TypeError: as the loss would.
+    """
+    c, g = as_locals(l), as_summaries(m)
+    check_pair(l, m, c, g)
+    estimator = loss.lower() if isinstance(loss, str) else loss
+    check_choice("loss", estimator, tuple(REGISTRY))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    chosen = choose_backend(backend, c.device)
+    problem = describe(
+        estimator, c, g, clip=check_clip(clip), grad_locals=l.requires_grad, grad_summaries=m.requires_grad,
+        weights_known=reduction == "none",
+    )  # fmt: skip
+    p = problem
+    pairs = p.rows * p.N * p.L
+    lines = [
+        f"{estimator}: N={p.N} images, P={p.P} summaries and L={p.L} locations each, K={p.K}, {_short(p.dtype)} inputs",
+        f"pairs: {pairs:,}; the pair tensor would take {format_bytes(pairs * p.itemsize)} and is "
+        + ("built, more than once" if chosen == "reference" else "never built"),
+        f"backend: {chosen}",
+    ]
+    lines += [f"  not {name}: {reason}" for name in BACKENDS if (reason := why_not(name, c.device))]
+    if chosen == "reference":
+        return "\n".join(lines)
+    return "\n".join(lines + _plan_lines(make_plan(problem, memory_budget(c.device)), c))
+
+
+def _plan_lines(plan: Plan, c: Tensor) -> list[str]:
+    p = plan.problem
+    row_blocks, col_blocks = len(list(plan.row_blocks())), len(list(plan.col_blocks()))
+    gradients = [name for name, needed in (("l", p.grad_locals), ("m", p.grad_summaries)) if needed]
+    why = {
+        "rows outside": "a row block's weights are kept until the row sum is known",
+        "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",
+    }[plan.order]
+    staged = "copied block by block" if p.staged else "read in place"
+    traffic = (row_blocks * (2 + 2 * p.grad_locals) * p.N * p.L + p.rows * 2) * p.K * p.itemsize
+    return [
+        f"order: {plan.order} ({why})",
+        f"blocks: {row_blocks} of {plan.row_images * p.P} rows x {col_blocks} of {plan.col_images * p.L} columns, "
+        f"scores in {_short(p.score_dtype)}; local features {staged}",
+        f"work: {plan.gemms} matrix products over all pairs, {plan.flops / 1e9:,.3g} GFLOP, one exponential or so a pair"
+        f"; gradients: {', '.join(gradients) or 'none'}",
+        f"memory: reads and writes about {format_bytes(traffic)} of features and gradients; peak beyond inputs, "
+        f"outputs and gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
+    ]
+
+
+def doctor() -> str:
+    """Versions, devices and which backends serve them, as text to paste into a bug report."""
+    from . import __version__
+
+    lines = [
+        f"dimkern {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"accelerator: {torch.accelerator.current_accelerator() or 'none'}",
+        f"memory budget on the CPU: {format_bytes(memory_budget(torch.device('cpu')))}",
+        "backends:",
+    ]
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    lines += [f"  {name}: {why_not(name, device) or 'available'}" for name in BACKENDS]
+    return "\n".join(lines)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

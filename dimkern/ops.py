@@ -1,0 +1,184 @@
+"""The torch.library ops: schemas, implementations, fakes and autograd. The only user of torch.library.
+
+Two ops pose one Problem:
+
+- `mean_loss` returns the mean loss with its gradients already made (three GEMMs); backward multiplies
+  them by the upstream scalar.
+- `scores` returns the statistics that every other reduction is a small formula of; its backward, given
+  their upstream gradients, sweeps the pairs again (`scores_backward`).
+
+Everything a backend may choose by is in the arguments; the memory budget is read when the forward runs
+and travels to the backward, which may run on another thread, as a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import streaming
+from .backends.torch import TorchTiles
+from .config import memory_budget
+from .estimators import REGISTRY, item_losses
+from .plan import Plan, describe, make_plan, score_dtype_of
+
+_library = torch.library.Library("dimkern", "DEF")
+_library.define(
+    "mean_loss(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip, bool grad_c, bool grad_g)"
+    " -> (Tensor loss, Tensor positives, Tensor negatives, Tensor grad_c, Tensor grad_h)"
+)
+_library.define(
+    "scores(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip)"
+    " -> (Tensor positives, Tensor negatives, Tensor budget)"
+)
+_library.define(
+    "scores_backward(Tensor c, Tensor g, Tensor scale, Tensor negatives, Tensor d_positives, Tensor d_negatives,"
+    " Tensor budget, str estimator, float? clip, bool grad_c, bool grad_g) -> (Tensor grad_c, Tensor grad_h)"
+)
+
+mean_loss = torch.ops.dimkern.mean_loss.default
+scores = torch.ops.dimkern.scores.default
+_scores_backward = torch.ops.dimkern.scores_backward.default
+
+_SECOND_DERIVATIVE = (
+    "dimkern's losses cannot be differentiated twice: their gradient is made in the forward pass, without "
+    "the pair tensor that a second derivative needs; use backend='reference' for that"
+)
+
+
+def _gradients(c: Tensor, g: Tensor, grad_c: bool, grad_g: bool) -> tuple[Tensor, Tensor]:
+    """Buffers for the gradients by c and by scale * g; empty ones for those nobody needs."""
+    dtype = score_dtype_of(c.dtype, g.dtype)
+    return (
+        c.new_empty(c.shape if grad_c else (0,), dtype=dtype),
+        g.new_empty(g.shape if grad_g else (0,), dtype=dtype),
+    )
+
+
+def _tiles(plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor, grad_h: Tensor) -> TorchTiles:
+    p = plan.problem
+    return TorchTiles(plan, c, g, scale, grad_c if p.grad_locals else None, grad_h if p.grad_summaries else None)
+
+
+def _mean_loss(
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g)
+    plan = make_plan(problem, memory_budget(c.device))
+    d_c, d_h = _gradients(c, g, grad_c, grad_g)
+    tiles = _tiles(plan, c, g, scale, d_c, d_h)
+    with _no_autocast(c):
+        run = streaming.mean_loss if problem.needs_grad else streaming.measure
+        positives, negatives = run(tiles, plan, kappa)
+        loss = item_losses(REGISTRY[estimator], positives, negatives).mean()
+    return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype, copy=True), d_c, d_h
+
+
+def _scores(
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    budget = memory_budget(c.device)
+    plan = make_plan(describe(estimator, c, g, clip=clip, grad_locals=False, grad_summaries=False), budget)
+    with _no_autocast(c):
+        positives, negatives = streaming.measure(_tiles(plan, c, g, scale, c, c), plan, kappa)
+    return positives, negatives.to(positives.dtype, copy=True), torch.tensor(budget, dtype=torch.int64)
+
+
+def _sweep(
+    c: Tensor, g: Tensor, scale: Tensor, negatives: Tensor, d_positives: Tensor, d_negatives: Tensor, budget: Tensor,
+    estimator: str, clip: float | None, grad_c: bool, grad_g: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=True)
+    plan = make_plan(problem, int(budget))
+    d_c, d_h = _gradients(c, g, grad_c, grad_g)
+    with _no_autocast(c):
+        tiles = _tiles(plan, c, g, scale, d_c, d_h)
+        streaming.differentiate(tiles, plan, negatives, d_positives, d_negatives)
+    return d_c, d_h
+
+
+def _no_autocast(c: Tensor) -> torch.autocast:
+    # below the dispatcher autocast still sees our matrix products, and would round the scores
+    return torch.autocast(c.device.type, enabled=False)
+
+
+_library.impl("mean_loss", _mean_loss, "CompositeExplicitAutograd")
+_library.impl("scores", _scores, "CompositeExplicitAutograd")
+_library.impl("scores_backward", _sweep, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("dimkern::mean_loss", lib=_library)
+def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):  # type: ignore[no-untyped-def]
+    dtype = score_dtype_of(c.dtype, g.dtype)
+    (N, L, _), P = c.shape, g.shape[1]
+    statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
+    return c.new_empty((), dtype=dtype), *statistics, *_gradients(c, g, grad_c, grad_g)
+
+
+@torch.library.register_fake("dimkern::scores", lib=_library)
+def _scores_fake(c, g, scale, estimator, kappa, clip):  # type: ignore[no-untyped-def]
+    dtype = score_dtype_of(c.dtype, g.dtype)
+    (N, L, _), P = c.shape, g.shape[1]
+    statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
+    return *statistics, torch.empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("dimkern::scores_backward", lib=_library)
+def _scores_backward_fake(
+    c, g, scale, negatives, d_positives, d_negatives, budget, estimator, clip, grad_c, grad_g
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return _gradients(c, g, grad_c, grad_g)
+
+
+def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):  # type: ignore[no-untyped-def]
+    """Gradients by c, g and scale from those by c and by scale * g (MATHS.md §1)."""
+    by_c, by_g, by_scale = ctx.needs_input_grad[:3]
+    return (
+        d_c.to(c_dtype) if by_c else None,
+        (d_h * scale).to(g.dtype) if by_g else None,
+        (d_h * g).sum().to(scale.dtype) if by_scale else None,
+    )
+
+
+def _mean_loss_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    c, g, scale, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(g, scale, *output[3:])
+    ctx.c_dtype = c.dtype
+
+
+def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_h):  # type: ignore[no-untyped-def]
+    if d_grad_c is not None or d_grad_h is not None:
+        raise RuntimeError(_SECOND_DERIVATIVE)
+    g, scale, grad_c, grad_h = ctx.saved_tensors
+    # float32 until the upstream factor is in: a float16 gradient would underflow before a loss scale reaches it
+    return *_by_inputs(ctx, grad_c * d_loss, grad_h * d_loss, ctx.c_dtype, g, scale), *[None] * 5
+
+
+def _scores_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    c, g, scale, estimator, _, clip = inputs
+    _, negatives, budget = output
+    ctx.save_for_backward(c, g, scale, negatives, budget)
+    ctx.estimator, ctx.clip = estimator, clip
+
+
+def _scores_backward_formula(ctx, d_positives, d_negatives, _):  # type: ignore[no-untyped-def]
+    c, g, scale, negatives, budget = ctx.saved_tensors
+    by_c, by_g, by_scale = ctx.needs_input_grad[:3]
+    d_c, d_h = _scores_backward(
+        c, g, scale, negatives, d_positives, d_negatives, budget, ctx.estimator, ctx.clip, by_c, by_g or by_scale
+    )
+    return *_by_inputs(ctx, d_c, d_h, c.dtype, g, scale), *[None] * 3
+
+
+def _refuse(ctx, *_):  # type: ignore[no-untyped-def]
+    raise RuntimeError(_SECOND_DERIVATIVE)
+
+
+torch.library.register_autograd(
+    "dimkern::mean_loss", _mean_loss_backward, setup_context=_mean_loss_context, lib=_library
+)
+torch.library.register_autograd(
+    "dimkern::scores", _scores_backward_formula, setup_context=_scores_context, lib=_library
+)
+torch.library.register_autograd("dimkern::scores_backward", _refuse, lib=_library)

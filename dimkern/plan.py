@@ -1,0 +1,238 @@
+"""What to compute and how: a Problem, and the frozen Plan that a backend carries out.
+
+Owns every choice (backend, loop order, block and tile sizes) and the reasons for it. Runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .estimators import REGISTRY, Estimator
+
+BACKENDS = ("streaming", "cpu", "triton", "cuda", "reference")  # in the order "auto" tries them
+
+# A tile holds scores that are mapped right after they are made: about the last-level cache on a CPU
+# (measured: 2 to 8 MB are alike), large enough to fill the chip on an accelerator.
+_TILE_BYTES = {"cpu": 4 * 2**20}
+_ACCELERATOR_TILE_BYTES = 128 * 2**20
+_MAP_TEMPORARIES = 3  # tiles that the elementwise terms of an estimator need beside the scores
+_ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, without its tensors. Letters as in MATHS.md §1."""
+
+    estimator: str
+    N: int
+    P: int
+    L: int
+    K: int
+    dtype: torch.dtype  # of the local features
+    score_dtype: torch.dtype  # of scores, sums and gradient accumulation
+    device: torch.device
+    staged: bool  # the (N·L, K) matrix of local features is no view in score_dtype: blocks are copied
+    weights_known: bool  # alpha is known before the pairs are seen (upstream weights given)
+    grad_locals: bool
+    grad_summaries: bool
+    clip: float | None = None
+
+    @property
+    def rows(self) -> int:
+        """R, the number of summary vectors."""
+        return self.N * self.P
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.grad_locals or self.grad_summaries
+
+    @property
+    def row(self) -> Estimator:
+        return REGISTRY[self.estimator]
+
+    @property
+    def itemsize(self) -> int:
+        return self.score_dtype.itemsize
+
+
+def describe(
+    estimator: str,
+    c: Tensor,  # (N, L, K)
+    g: Tensor,  # (N, P, K)
+    *,
+    clip: float | None,
+    grad_locals: bool,
+    grad_summaries: bool,
+    weights_known: bool = False,
+) -> Problem:
+    """The Problem that these tensors pose."""
+    N, L, K = c.shape
+    score_dtype = score_dtype_of(c.dtype, g.dtype)
+    staged = c.dtype != score_dtype or not is_matrix_view(c)
+    return Problem(
+        estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
+        grad_summaries, clip,
+    )  # fmt: skip
+
+
+def score_dtype_of(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any input is, else float32: half precision is never accumulated in."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def is_matrix_view(c: Tensor) -> bool:
+    """(N, L, K) reads as a row-major (N·L, K) matrix without a copy."""
+    N, L, K = c.shape
+    rows_merge = N == 1 or L == 1 or c.stride(0) == L * c.stride(1)
+    row_stride = c.stride(1) if L > 1 else c.stride(0)
+    return rows_merge and (K == 1 or c.stride(2) == 1) and row_stride >= K
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one backend runs one problem. Blocks are whole images, so that own-image pairs form a block diagonal."""
+
+    problem: Problem
+    backend: str
+    order: str  # "rows outside" (a row block's weights are kept until its alpha is known) | "columns outside"
+    row_images: int  # images per block of rows: row_images * P rows
+    col_images: int  # images per block of columns: col_images * L columns
+    budget: int  # bytes
+    scratch: int  # bytes expected beyond inputs, outputs and gradients
+
+    def row_blocks(self) -> Iterator[slice]:
+        return _blocks(self.problem.N, self.row_images)
+
+    def col_blocks(self) -> Iterator[slice]:
+        return _blocks(self.problem.N, self.col_images)
+
+    @property
+    def gemms(self) -> int:
+        """Matrix products over all pairs."""
+        p = self.problem
+        gradients = p.grad_locals + p.grad_summaries
+        again = self.order == "columns outside" and p.row.family != "pointwise" and p.needs_grad and not p.weights_known
+        return 1 + gradients + again
+
+    @property
+    def flops(self) -> int:
+        p = self.problem
+        return self.gemms * 2 * p.rows * p.N * p.L * p.K
+
+
+def _blocks(images: int, block: int) -> Iterator[slice]:
+    for start in range(0, images, block):
+        yield slice(start, min(start + block, images))
+
+
+def why_not(backend: str, device: torch.device) -> str | None:
+    """None if `backend` can serve tensors on `device`, else the reason a user should read."""
+    if backend in ("reference", "streaming"):
+        return None
+    if backend in ("cpu", "triton", "cuda"):
+        return f"the {backend} backend is not part of this release; the streaming backend serves instead"
+    raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, sorted(BACKENDS)))}")
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend to use for the one asked for ("auto": the first that can).
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot serve here (the message says why).
+    """
+    if backend == "auto":
+        return next(name for name in BACKENDS if why_not(name, device) is None)
+    reason = why_not(backend, device)
+    if reason is not None:
+        raise ValueError(f"backend is {backend!r}: {reason}")
+    return backend
+
+
+@lru_cache(maxsize=256)
+def make_plan(problem: Problem, budget: int) -> Plan:
+    """Loop order and block sizes of the streaming backend within `budget` bytes.
+
+    Raises:
+        ValueError: not even one image against one image fits; the message says how much would.
+    """
+    p = problem
+    tile_bytes = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES)
+
+    def columns_outside(row_images: int, col_images: int) -> Plan:
+        return Plan(p, "streaming", "columns outside", row_images, col_images, budget,
+                    _fixed_bytes(p) + _tile_bytes(p, row_images, col_images))  # fmt: skip
+
+    def rows_outside(row_images: int, col_images: int) -> Plan:
+        kept = row_images * p.P * p.N * p.L * p.itemsize
+        scratch = _fixed_bytes(p) + _tile_bytes(p, row_images, col_images) + kept
+        return Plan(p, "streaming", "rows outside", row_images, col_images, budget, scratch)
+
+    smallest = columns_outside(1, 1)
+    if smallest.scratch > budget:
+        raise ValueError(
+            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs at least "
+            f"{format_bytes(smallest.scratch)}: raise it with dimkern.config(memory_budget=...) or DIMKERN_MEMORY_BUDGET"
+        )
+
+    def tiled(make: object, row_images: int) -> Plan:
+        """The widest tile of this many rows that the cache and the budget admit."""
+        pairs = row_images * p.P * p.L * p.itemsize
+        col_images = max(1, min(p.N, tile_bytes // pairs))
+        while True:
+            plan = make(row_images, col_images)  # type: ignore[operator]
+            if plan.scratch <= budget or col_images == 1:
+                return plan
+            col_images = (col_images + 1) // 2
+
+    def tallest(make: object) -> Plan | None:
+        """The plan with the fewest row blocks that fits, blocks of even height."""
+        blocks = 1
+        while True:
+            row_images = -(-p.N // blocks)
+            plan = tiled(make, row_images)
+            if plan.scratch <= budget:
+                return plan
+            if row_images == 1:
+                return None
+            blocks = max(blocks + 1, -(-p.N // (row_images - 1)))
+
+    lean = tallest(columns_outside)
+    assert lean is not None
+    if p.row.family == "pointwise" or p.weights_known or not p.needs_grad:
+        return lean
+    fast = tallest(rows_outside)
+    return fast if fast is not None and -(-p.N // fast.row_images) <= _most_row_blocks(p) else lean
+
+
+def _most_row_blocks(p: Problem) -> int:
+    """Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block."""
+    return 64
+
+
+def _fixed_bytes(p: Problem) -> int:
+    """Scaled summaries, positives and their weights, row statistics: what no block size changes."""
+    positives = p.rows * p.L
+    return p.rows * p.K * p.itemsize + positives * (2 * p.itemsize + 3 * 8) + p.rows * _ROW_STATISTICS * 8
+
+
+def _tile_bytes(p: Problem, row_images: int, col_images: int) -> int:
+    rows, cols = row_images * p.P, col_images * p.L
+    tile = rows * cols * (1 + _MAP_TEMPORARIES + (p.clip is not None)) * p.itemsize
+    staging = cols * p.K * p.itemsize if p.staged else 0
+    products = 2 * rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G and alpha∘(E·C)
+    row_statistics = rows * -(-p.N // col_images) * 3 * 8
+    return tile + staging + products + row_statistics
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as text in decimal units, as `memory_budget` reads them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

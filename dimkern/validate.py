@@ -1,0 +1,91 @@
+"""Bad input gets one clear error here, naming the argument, what it was and what is accepted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .plan import score_dtype_of
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def as_locals(l: Tensor) -> Tensor:
+    """Local features (N, K, L) or (N, K, H, W) as (N, L, K): a view, unless H and W cannot be merged."""
+    _check_tensor("l", l, "(N, K, L) or (N, K, H, W)", (3, 4))
+    if l.ndim == 3:
+        return l.transpose(1, 2)
+    N, K, H, W = l.shape
+    return l.permute(0, 2, 3, 1).reshape(N, H * W, K)
+
+
+def as_summaries(m: Tensor) -> Tensor:
+    """Summary vectors (N, K), (N, K, P) or (N, K, 1, 1) as (N, P, K), a view."""
+    accepted = "(N, K), (N, K, P) or (N, K, 1, 1)"
+    _check_tensor("m", m, accepted, (2, 3, 4))
+    if m.ndim == 4 and m.shape[2:] != (1, 1):
+        raise ValueError(f"m is {tuple(m.shape)}; accepted are {accepted}")
+    return m.unsqueeze(1) if m.ndim == 2 else m.flatten(2).transpose(1, 2)
+
+
+def check_pair(l: Tensor, m: Tensor, c: Tensor, g: Tensor) -> None:
+    """The two inputs belong together and have negatives."""
+    for letter, of_l, of_m in (("N", c.shape[0], g.shape[0]), ("K", c.shape[2], g.shape[2])):
+        if of_l != of_m:
+            raise ValueError(
+                f"l and m disagree on {letter}: l is {tuple(l.shape)} with {letter}={of_l}, "
+                f"m is {tuple(m.shape)} with {letter}={of_m}"
+            )
+    if c.shape[0] < 2:
+        raise ValueError(
+            f"l is {tuple(l.shape)} with N=1: a loss needs at least two images, the negatives come from the others"
+        )
+    if l.device != m.device:
+        raise ValueError(f"l and m are on different devices: l on {l.device}, m on {m.device}")
+
+
+def check_scale(scale: float | Tensor | None, c: Tensor, g: Tensor) -> Tensor:
+    """`scale` as a 0-d tensor beside the inputs."""
+    dtype = score_dtype_of(c.dtype, g.dtype)
+    if scale is None:
+        scale = 1.0
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"scale is a {type(scale).__name__}; accepted are a number or a 0-d tensor")
+        return torch.full((), float(scale), dtype=dtype, device=c.device)
+    if scale.ndim != 0:
+        raise ValueError(f"scale is a tensor of shape {tuple(scale.shape)}; accepted are a number or a 0-d tensor")
+    if not scale.is_floating_point():
+        raise TypeError(f"scale is a tensor of {scale.dtype}; accepted are floating-point tensors")
+    if scale.device != c.device:
+        raise ValueError(f"scale is on {scale.device}, l and m are on {c.device}")
+    return scale
+
+
+def check_clip(clip: float | None) -> float | None:
+    if clip is None:
+        return None
+    if isinstance(clip, bool) or not isinstance(clip, Real):
+        raise TypeError(f"clip is a {type(clip).__name__}; accepted are None or a positive number")
+    if not (clip > 0 and math.isfinite(clip)):
+        raise ValueError(f"clip is {clip}; accepted are None or a positive finite number")
+    return float(clip)
+
+
+def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def _check_tensor(name: str, x: Tensor, accepted: str, ranks: tuple[int, ...]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; accepted is a tensor {accepted}")
+    if x.ndim not in ranks:
+        raise ValueError(f"{name} is {tuple(x.shape)}; accepted are {accepted}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} is {tuple(x.shape)}, which is empty; accepted are {accepted}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; accepted are {', '.join(map(str, _DTYPES))}")
