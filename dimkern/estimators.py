@@ -14,6 +14,7 @@ and the names of FUNCTIONS and CONSTANTS. Literals are not allowed: `0.5` is a d
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,34 +25,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Family = Literal["pointwise", "row_lse", "global_lse"]
+
 CONSTANTS = {"one": 1.0, "two": 2.0, "half": 0.5, "quarter": 0.25, "log2": math.log(2.0)}
 
-
-def _softplus(x: Tensor) -> Tensor:
-    # beyond 40 the correction e^-x is below float64's resolution; torch's default of 20 is not
-    return F.softplus(x, threshold=40.0)
-
-
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "softplus": _softplus,
+# beyond 40 the correction e^-x of softplus is below float64's resolution; torch's default of 20 is not
+_SOFTPLUS = {"beta": 1.0, "threshold": 40.0}
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "softplus": lambda x, out=None: torch._C._nn.softplus(x, **_SOFTPLUS, out=out),
     "sigmoid": torch.sigmoid,
     "exp": torch.exp,
 }
-
-Family = Literal["pointwise", "row_lse", "global_lse"]
-Term = Callable[..., Tensor]
+_OPERATORS: dict[type, Callable[..., Tensor]] = {ast.Add: torch.add, ast.Sub: torch.sub, ast.Mult: torch.mul}
 
 
-def _term(text: str, *arguments: str) -> Term:
-    """The function of `arguments` that `text` states, on tensors of any shape."""
-    namespace = {**CONSTANTS, **FUNCTIONS}
-    code = compile(text, f"<estimator term {text!r}>", "eval")
+class Term:
+    """The function of s (and ref) that a row's text states, on tensors of any shape.
 
-    def evaluate(*values: Tensor) -> Tensor:
-        result = eval(code, namespace, dict(zip(arguments, values, strict=True)))
-        return result if isinstance(result, Tensor) else torch.full_like(values[0], result)
+    Called plainly it is differentiable. With `out` every step writes there, so that a tile costs no
+    allocation; `out` may be s itself where the text reads s once (`in_place`). For that, no operator
+    of a term may have two compound sides.
+    """
 
-    return evaluate
+    def __init__(self, text: str) -> None:
+        self._tree = ast.parse(text, mode="eval").body
+        self.in_place = sum(isinstance(n, ast.Name) and n.id == "s" for n in ast.walk(self._tree)) <= 1
+        for node in ast.walk(self._tree):
+            if isinstance(node, ast.BinOp) and not (
+                isinstance(node.left, ast.Name) or isinstance(node.right, ast.Name)
+            ):
+                raise ValueError(f"estimator term {text!r}: an operator has two compound sides")
+
+    def __call__(self, s: Tensor, ref: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        result = self._evaluate(self._tree, {**CONSTANTS, "s": s, "ref": ref}, out)
+        if isinstance(result, Tensor) and result is not s:
+            return result
+        out = torch.empty_like(s) if out is None else out
+        return out.copy_(result) if isinstance(result, Tensor) else out.fill_(result)
+
+    def _evaluate(self, node: ast.expr, names: dict[str, Tensor | float | None], out: Tensor | None) -> Tensor | float:
+        match node:
+            case ast.Name(id=name):
+                return names[name]  # type: ignore[return-value]
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return torch.neg(self._evaluate(operand, names, out), out=out)  # type: ignore[arg-type]
+            case ast.Call(func=ast.Name(id=name), args=[argument]):
+                return FUNCTIONS[name](self._evaluate(argument, names, out), out=out)
+            case ast.BinOp(left=left, op=op, right=right):
+                a, b = self._evaluate(left, names, out), self._evaluate(right, names, out)
+                if not isinstance(a, Tensor):
+                    a = torch.as_tensor(a, dtype=b.dtype, device=b.device)  # type: ignore[union-attr]
+                return _OPERATORS[type(op)](a, b, out=out)
+        raise ValueError(f"an estimator term may not contain {ast.unparse(node)!r}")
 
 
 @dataclass(frozen=True)
@@ -72,10 +97,8 @@ class Estimator:
     phi: Term = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("f", "df"):
-            object.__setattr__(self, name, _term(getattr(self, f"{name}_text"), "s"))
-        for name in ("psi", "phi"):
-            object.__setattr__(self, name, _term(getattr(self, f"{name}_text"), "s", "ref"))
+        for name in ("f", "df", "psi", "phi"):
+            object.__setattr__(self, name, Term(getattr(self, f"{name}_text")))
 
     @cached_property
     def shares_map(self) -> bool:
@@ -117,7 +140,7 @@ OFFICIAL_SELF_SCORE = -10.0
 def item_losses(estimator: Estimator, positives: Tensor, negatives: Tensor) -> Tensor:
     """The losses whose mean is the loss: (N, P, L) for row_lse, else each row's share (N, P)."""
     if estimator.family == "row_lse":
-        return _softplus(negatives.unsqueeze(-1) - positives)
+        return F.softplus(negatives.unsqueeze(-1) - positives, **_SOFTPLUS)
     return negatives - estimator.f(positives).mean(-1)
 
 

@@ -20,7 +20,6 @@ BACKENDS = ("streaming", "cpu", "triton", "cuda", "reference")  # in the order "
 # (measured: 2 to 8 MB are alike), large enough to fill the chip on an accelerator.
 _TILE_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_TILE_BYTES = 128 * 2**20
-_MAP_TEMPORARIES = 3  # tiles that the elementwise terms of an estimator need beside the scores
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
@@ -222,9 +221,10 @@ def _fixed_bytes(p: Problem) -> int:
 
 def _tile_bytes(p: Problem, row_images: int, col_images: int) -> int:
     rows, cols = row_images * p.P, col_images * p.L
-    tile = rows * cols * (1 + _MAP_TEMPORARIES + (p.clip is not None)) * p.itemsize
+    tiles = 1 + (not p.row.shares_map) + (p.clip is not None)  # scores, psi, the soft clip's slope
+    tile = rows * cols * tiles * p.itemsize
     staging = cols * p.K * p.itemsize if p.staged else 0
-    products = 2 * rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G and alpha∘(E·C)
+    products = rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G, then alpha∘(E·C)
     row_statistics = rows * -(-p.N // col_images) * 3 * 8
     return tile + staging + products + row_statistics
 

@@ -5,9 +5,12 @@ Owns the scaled summaries, the staging of local features and the scratch tiles o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ..estimators import Term
 from ..plan import Plan
 
 
@@ -27,13 +30,10 @@ class TorchTiles:
         self._p, self._row, self._clip = p, p.row, p.clip
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
         self._g = (g.to(p.score_dtype) * scale.to(p.score_dtype)).contiguous()  # (N, P, K)
-        self._scratch: Tensor | None = None
-        self._staging: Tensor | None = None
-        self._staged: slice | None = None
-        self._kept: dict[int, Tensor] = {}
-        self._largest_tile = plan.row_images * p.P * plan.col_images * p.L
-        self._kept_pool: Tensor | None = None
         self._plan = plan
+        self._buffers: dict[str, Tensor] = {}
+        self._staged: slice | None = None  # the images in the staging buffer
+        self._kept: dict[int, Tensor] = {}
 
     def positives(self) -> Tensor:
         p = self._p
@@ -43,9 +43,9 @@ class TorchTiles:
         return self._soft_clip(scores)
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        tile = self._score(rows, cols, self._scratch_tile())
+        tile = self._score(rows, cols, self._tile("scores"))
         ref = self._reference(tile, rows, cols)
-        return self._per_row(ref), self._per_row(self._sum(self._row.psi(tile, ref), rows, cols))
+        return self._per_row(ref), self._per_row(self._sum(self._evaluate(self._row.psi, tile, ref), rows, cols))
 
     def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         tile = self._score(rows, cols, self._kept_tile(rows, cols))
@@ -58,7 +58,7 @@ class TorchTiles:
         self._accumulate(self._kept.pop(cols.start), rows, cols, alpha)
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor) -> Tensor:
-        tile = self._score(rows, cols, self._scratch_tile())
+        tile = self._score(rows, cols, self._tile("scores"))
         if ref is None:
             ref = self._reference(tile, rows, cols)
         else:
@@ -92,10 +92,10 @@ class TorchTiles:
     def _soft_clip(self, scores: Tensor) -> Tensor:
         return scores if self._clip is None else scores.div_(self._clip).tanh_().mul_(self._clip)
 
-    def _slope(self, clipped: Tensor) -> Tensor:
+    def _slope(self, clipped: Tensor, out: Tensor | None = None) -> Tensor:
         """Derivative of the soft clip at scores that are clipped already."""
         assert self._clip is not None
-        return 1.0 - (clipped / self._clip).square_()
+        return torch.div(clipped, self._clip, out=out).square_().neg_().add_(1.0)
 
     def _reference(self, tile: Tensor, rows: slice, cols: slice) -> Tensor:
         """The exact maximum over the block's negatives, (rows, 1): no guess, so no repair."""
@@ -108,12 +108,22 @@ class TorchTiles:
 
     def _map(self, tile: Tensor, ref: Tensor, rows: slice, cols: slice) -> Tensor:
         """Turn scores into weights phi in place; the row sums of psi, (rows,)."""
-        slope = None if self._clip is None else self._slope(tile)
-        weights = self._row.phi(tile, ref)
-        sums = self._sum(weights if self._row.shares_map else self._row.psi(tile, ref), rows, cols)
-        tile.copy_(weights) if slope is None else torch.mul(weights, slope, out=tile)
+        slope = None if self._clip is None else self._slope(tile, self._like("slope", tile))
+        if not self._row.shares_map:
+            sums = self._sum(self._row.psi(tile, ref, out=self._like("psi", tile)), rows, cols)
+        self._evaluate(self._row.phi, tile, ref)
+        if self._row.shares_map:
+            sums = self._sum(tile, rows, cols)
+        if slope is not None:
+            tile.mul_(slope)
         self._own(tile, rows, cols, 0.0)
         return sums
+
+    def _evaluate(self, term: Term, tile: Tensor, ref: Tensor) -> Tensor:
+        """A term of the tile's scores, in place of them."""
+        if term.in_place:
+            return term(tile, ref, out=tile)
+        return tile.copy_(term(tile, ref, out=self._like("psi", tile)))
 
     def _sum(self, psi: Tensor, rows: slice, cols: slice) -> Tensor:
         self._own(psi, rows, cols, 0.0)
@@ -131,41 +141,49 @@ class TorchTiles:
         alpha = alpha.to(self._p.score_dtype).reshape(-1, 1)  # (rows, 1)
         if self._grad_h is not None:
             grad = self._grad_h[rows].flatten(0, 1)
-            product = torch.mm(tile, self._locals(cols).flatten(0, 1))
+            product = self._product(grad)
+            torch.mm(tile, self._locals(cols).flatten(0, 1), out=product)
             if cols.start == 0:
                 torch.mul(product, alpha, out=grad)
             else:
                 grad.addcmul_(product, alpha)
         if self._grad_c is not None:
-            grad = self._grad_c[cols].flatten(0, 1)
-            grad.addmm_(tile.t(), self._g[rows].flatten(0, 1) * alpha, beta=1 if rows.start else 0)
+            g = self._g[rows].flatten(0, 1)
+            scaled = torch.mul(g, alpha, out=self._product(g))
+            self._grad_c[cols].flatten(0, 1).addmm_(tile.t(), scaled, beta=1 if rows.start else 0)
 
     def _locals(self, cols: slice) -> Tensor:
         """Local features of some images, (cols, L, K) with a matrix's strides: a view, or staged once per block."""
         if not self._p.staged:
             return self._c[cols]
-        if self._staging is None:
-            self._staging = torch.empty(
-                self._plan.col_images, self._p.L, self._p.K, dtype=self._p.score_dtype, device=self._p.device
-            )
-        block = self._staging[: cols.stop - cols.start]
+        shape = (cols.stop - cols.start, self._p.L, self._p.K)
+        block = self._buffer("staging", self._plan.col_images * self._p.L * self._p.K)[: math.prod(shape)].view(shape)
         if self._staged != cols:
             block.copy_(self._c[cols])
             self._staged = cols
         return block
 
-    def _scratch_tile(self) -> Tensor:
-        if self._scratch is None:
-            self._scratch = torch.empty(self._largest_tile, dtype=self._p.score_dtype, device=self._p.device)
-        return self._scratch
-
     def _kept_tile(self, rows: slice, cols: slice) -> Tensor:
         """This column block's place among the weights kept for a row block."""
         p = self._p
-        if self._kept_pool is None:
-            size = self._plan.row_images * p.P * p.N * p.L
-            self._kept_pool = torch.empty(size, dtype=p.score_dtype, device=p.device)
-        return self._kept_pool[(rows.stop - rows.start) * p.P * cols.start * p.L :]
+        pool = self._buffer("kept", self._plan.row_images * p.P * p.N * p.L)
+        return pool[(rows.stop - rows.start) * p.P * cols.start * p.L :]
+
+    def _tile(self, name: str) -> Tensor:
+        p = self._p
+        return self._buffer(name, self._plan.row_images * p.P * self._plan.col_images * p.L)
+
+    def _like(self, name: str, tile: Tensor) -> Tensor:
+        return self._tile(name)[: tile.numel()].view_as(tile)
+
+    def _product(self, like: Tensor) -> Tensor:
+        return self._buffer("product", self._plan.row_images * self._p.P * self._p.K)[: like.numel()].view_as(like)
+
+    def _buffer(self, name: str, size: int) -> Tensor:
+        """Scratch that lives as long as the call: a fresh tile each time would cost more in page faults than its map."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(size, dtype=self._p.score_dtype, device=self._p.device)
+        return self._buffers[name]
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
