@@ -1,0 +1,53 @@
+"""The thin training harness over the public losses of dimkern; `pip install 'dimkern[train]'`.
+
+config    every setting, once          loop     steps, checkpoints, resume
+data      images, split, fingerprint   probes   linear and k-NN accuracies
+encoder   encoder, heads, DeepInfoMax  report   report.json and plots
+
+`run` is the whole of `dimkern train`. This module and `config` import without the packages of the extra.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from .config import TrainConfig
+from .errors import SettingError, TrainingStopped
+
+__all__ = ["SettingError", "TrainConfig", "TrainingStopped", "run"]
+
+NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL")
+
+
+def run(config: TrainConfig, resume: Path | None = None) -> list[Path]:
+    """Train, probe, plot; print the outcome. The paths written, `report.json` first.
+
+    Raises:
+        SettingError: a setting that does not fit the data, the machine or the run resumed.
+        TrainingStopped: the loss or a weight is no longer finite.
+        ModuleNotFoundError: the packages of the extra are not installed (the message says what to install).
+    """
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"training needs {', '.join(missing)}: pip install 'dimkern[train]'", name=missing[0])
+    from . import data, loop, probes, report
+
+    images = data.load_images(config)
+    shape, held_out = "x".join(map(str, images.train.shape[1:])), len(images.held_out)
+    print(f"{images.name}: {len(images.train)} training and {held_out} held-out images of {shape}", flush=True)
+    done = loop.train(config, images, resume)
+    seconds = sum(done.history["seconds"])
+    print(f"trained {len(done.history['seconds'])} epochs in {seconds:.1f} s on {done.device.type}", flush=True)
+
+    started = time.perf_counter()
+    table = probes.probe_all(images, done.untrained, done.model.encoder, config.probe_images)
+    paths = report.write_report(done, table, time.perf_counter() - started)
+    if table is None:
+        print("no labels, so no probes: put each class in its own subfolder to have them")
+    else:
+        print("\n" + report.table_text(table) + "\n")
+    for path in (done.checkpoint, *paths):
+        print(f"wrote {path}")
+    return paths

@@ -1,0 +1,52 @@
+"""Checkpoints: plain tensors and numbers, written whole or not at all, readable with weights_only=True."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import TrainConfig
+from .errors import SettingError
+
+NAME = "checkpoint.pt"
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` beside `path`, then rename: an interrupted write leaves the previous checkpoint in place."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file and what `save` wrote to it; `path` is the file or its run directory.
+
+    Raises:
+        SettingError: nothing there, or not a checkpoint of this harness.
+    """
+    file = path / NAME if path.is_dir() else path
+    if not file.is_file():
+        raise SettingError("resume", f"no checkpoint at {file}; accepted is a run directory or its {NAME}")
+    try:
+        if not zipfile.is_zipfile(file):
+            raise pickle.UnpicklingError("not a file that torch.save has written")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise SettingError("resume", f"cannot read {file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise SettingError("resume", f"{file} is not a checkpoint of `dimkern train` (format {FORMAT})")
+    return file, state
+
+
+def settings(path: Path, given: dict[str, Any]) -> TrainConfig:
+    """The settings of the run at `path`, except where `given` has others."""
+    return TrainConfig(**{**load(path)[1]["config"], **given})

@@ -1,0 +1,123 @@
+"""Every setting of a training run: one field each, with its default, its help and what it accepts.
+
+The command line is built from these fields, a checkpoint stores them, a resumed run is compared with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingError
+
+ESTIMATORS = ("infonce", "jsd", "dv", "gan", "kl", "rkl", "h2", "x2", "w1")
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    metavar: str | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A field of TrainConfig. `may_change`: a resumed run may have another value."""
+    row = {"group": group, "help": help, "choices": choices, "least": least, "metavar": metavar}
+    return dataclasses.field(default=default, metadata={**row, "may_change": may_change})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of one run, checked when made."""
+
+    data: str = setting(
+        "digits", "data", "digits, fashion-mnist, or folder:PATH for your own images", metavar="NAME", may_change=True
+    )
+    data_root: str = setting(
+        "",
+        "data",
+        "where the Fashion-MNIST IDX files are, if not where Debian puts them",
+        metavar="DIR",
+        may_change=True,
+    )
+    image_size: int = setting(32, "data", "side to which images of a folder are cropped and resized", least=8)
+    color: str = setting("rgb", "data", "how images of a folder are read", choices=("rgb", "gray"))
+
+    objective: str = setting(
+        "local",
+        "objective",
+        "local: summary against every location, DIM(L); global: summary against the whole map, DIM(G)",
+        choices=("local", "global"),
+    )
+    estimator: str = setting("infonce", "objective", "estimator of mutual information", choices=ESTIMATORS)
+
+    scale: float = setting(
+        0.0,
+        "objective",
+        "factor of every score; 0 takes 1, or 1/sqrt(K) for kl, rkl and h2, whose losses are exponential in it",
+        least=0,
+    )
+
+    width: int = setting(
+        32, "model", "channels of the first convolution, doubled by each further one (paper: 64)", least=1
+    )
+    fc: int = setting(256, "model", "units of the fully connected layer (paper: 1024)", least=1)
+    units: int = setting(256, "model", "K, channels of the space in which pairs are scored (paper: 2048)", least=1)
+
+    epochs: int = setting(20, "training", "passes over the training images", least=1, may_change=True)
+    batch_size: int = setting(
+        64, "training", "images in a batch; the other images of a batch are the negatives", least=2
+    )
+    lr: float = setting(3e-4, "training", "learning rate of Adam (paper: 1e-4)")
+    seed: int = setting(0, "training", "seed of the initial weights and the batch order (never of the split)", least=0)
+    device: str = setting(
+        "auto",
+        "training",
+        "where to train; auto takes CUDA if there is one",
+        choices=("auto", "cpu", "cuda"),
+        may_change=True,
+    )
+    threads: int = setting(
+        0,
+        "training",
+        "CPU threads; 0 takes one for images below 16x16, PyTorch's own number above",
+        least=0,
+        may_change=True,
+    )
+    amp: str = setting(
+        "off",
+        "training",
+        "automatic mixed precision; float16 scales its gradients and needs CUDA",
+        choices=("off", "bfloat16", "float16"),
+    )
+
+    probe_images: int = setting(
+        5000, "output", "labelled training images that the probes may use", least=100, metavar="N", may_change=True
+    )
+    out: str = setting(
+        "runs/dim", "output", "directory of the checkpoint, report and plots", metavar="DIR", may_change=True
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, accepts = getattr(self, field.name), field.metadata
+            if accepts["choices"] and value not in accepts["choices"]:
+                raise SettingError(field.name, f"got {value!r}, accepted are {', '.join(accepts['choices'])}")
+            if accepts["least"] is not None and not value >= accepts["least"]:  # NaN is refused too
+                raise SettingError(field.name, f"got {value}, must be at least {accepts['least']}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise SettingError("lr", f"got {self.lr}, must be a positive number")
+
+
+def refuse_changes(saved: dict[str, Any], now: TrainConfig) -> None:
+    """Raise SettingError unless a run with the settings `saved` may go on with the settings `now`."""
+    for field in dataclasses.fields(TrainConfig):
+        was, value = saved.get(field.name, field.default), getattr(now, field.name)
+        if was != value and not field.metadata["may_change"]:
+            raise SettingError(field.name, f"the checkpoint was trained with {was!r}, this run asks for {value!r}")
+    if now.epochs < saved["epochs"]:
+        raise SettingError("epochs", f"the checkpoint's run has {saved['epochs']}, a resumed run may only have more")

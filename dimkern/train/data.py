@@ -1,0 +1,167 @@
+"""Images to train on: digits that come with scikit-learn, Fashion-MNIST from IDX files, a folder.
+
+Images are uint8 (n, C, H, W) from end to end; a batch becomes float on its device (`to_float`).
+The held-out split never depends on the training seed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import TrainConfig
+from .errors import SettingError
+
+FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+HELD_OUT = 0.25
+SPLIT_SEED = 20190222
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set, split. Labels are None when nothing says what the images show."""
+
+    name: str
+    train: Tensor  # (n, C, H, W) uint8
+    held_out: Tensor  # (n', C, H, W) uint8
+    train_labels: Tensor | None  # (n,) int64
+    held_out_labels: Tensor | None  # (n',) int64
+
+    def fingerprint(self) -> str:
+        """Changes whenever the images trained on do; a resumed run must see the same ones."""
+        shape = "x".join(map(str, self.train.shape))
+        return f"{self.name} {shape} {hashlib.sha256(self.train.numpy().tobytes()).hexdigest()[:16]}"
+
+
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """(n, C, H, W) uint8 -> float32 in [-1, 1] on `device`."""
+    return images.to(device).float().div_(127.5).sub_(1.0)
+
+
+def load_images(config: TrainConfig) -> Images:
+    """The images that `config.data` names.
+
+    Raises:
+        SettingError: an unknown name, or files that are absent or unreadable (the message names them).
+    """
+    if config.data == "digits":
+        return load_digits()
+    if config.data == "fashion-mnist":
+        return load_fashion_mnist(Path(config.data_root) if config.data_root else FASHION_ROOT)
+    if config.data.startswith("folder:"):
+        return load_folder(Path(config.data.removeprefix("folder:")).expanduser(), config.image_size, config.color)
+    raise SettingError("data", f"got {config.data!r}, accepted are digits, fashion-mnist and folder:PATH")
+
+
+def load_digits() -> Images:
+    """The 1797 handwritten 8x8 digits in scikit-learn's wheel."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    pixels, labels = sklearn_digits(return_X_y=True)  # pixels 0..16
+    images = torch.from_numpy(np.rint(pixels * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
+    return split("digits", images, torch.from_numpy(labels).long())
+
+
+def split(name: str, images: Tensor, labels: Tensor | None) -> Images:
+    """Hold out a fixed quarter of `images` (n, C, H, W), of every class where there are labels."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(images), generator=generator)
+    groups = [order] if labels is None else [order[labels[order] == c] for c in torch.unique(labels)]
+    counts = [math.ceil(HELD_OUT * len(group)) for group in groups]
+    train = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)]).sort().values
+    held_out = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)])
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)]  # classes mixed: plots show the first few
+    if labels is None:
+        return Images(name, images[train], images[held_out], None, None)
+    return Images(name, images[train], images[held_out], labels[train], labels[held_out])
+
+
+def read_idx(path: Path) -> Tensor:
+    """The uint8 tensor of an IDX file, plain or gzipped (by content, not by name).
+
+    Raises:
+        ValueError: not an IDX file of unsigned bytes, or shorter or longer than its header says.
+    """
+    data = path.read_bytes()
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError) as error:
+            raise ValueError(f"{path}: broken gzip data ({error})") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise ValueError(f"{path}: not an IDX file of unsigned bytes (starts with {data[:4].hex() or 'nothing'})")
+    rank = data[3]
+    if len(data) < 4 + 4 * rank:
+        raise ValueError(f"{path}: ends in its header, which should give {rank} sizes")
+    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank)]
+    body = data[4 + 4 * rank :]
+    if len(body) != math.prod(shape):
+        raise ValueError(f"{path}: the header says {shape}, {math.prod(shape)} bytes, but {len(body)} follow")
+    return torch.from_numpy(np.frombuffer(body, np.uint8).copy()).view(shape)
+
+
+def load_fashion_mnist(root: Path) -> Images:
+    """Fashion-MNIST (or anything in the same four IDX files) under `root`; its own test set is the held-out one."""
+    tensors = []
+    for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        found = [path for path in (root / f"{stem}-ubyte{end}" for end in ("", ".gz")) if path.is_file()]
+        if not found:
+            raise SettingError(
+                "data_root",
+                f"no {stem}-ubyte or {stem}-ubyte.gz in {root}; on Debian, `apt install dataset-fashion-mnist` "
+                f"puts them in {FASHION_ROOT}; elsewhere, give the folder that holds them",
+            )
+        try:
+            tensors.append(read_idx(found[0]))
+        except ValueError as error:
+            raise SettingError("data_root", str(error)) from error
+    train, train_labels, held_out, held_out_labels = tensors
+    for images, labels in ((train, train_labels), (held_out, held_out_labels)):
+        if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels):
+            raise SettingError(
+                "data_root", f"images {tuple(images.shape)} and labels {tuple(labels.shape)} in {root} do not match"
+            )
+    return Images("fashion-mnist", train[:, None], held_out[:, None], train_labels.long(), held_out_labels.long())
+
+
+def load_folder(root: Path, size: int, color: str) -> Images:
+    """The images under `root`, cropped to a square and resized.
+
+    The subfolders of `root` are the classes, unless there is only one or images lie in `root` itself.
+    """
+    from PIL import Image, ImageOps
+
+    if not root.is_dir():
+        raise SettingError("data", f"{root} is not a folder; accepted is folder:PATH with images in or below PATH")
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if len(paths) < 8:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise SettingError("data", f"{len(paths)} images in {root} (looked for {kinds}); at least 8 are needed")
+
+    images = np.empty((len(paths), size, size, 3 if color == "rgb" else 1), np.uint8)
+    for row, path in zip(images, paths, strict=True):
+        try:
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB" if color == "rgb" else "L")
+                row[:] = np.asarray(ImageOps.fit(upright, (size, size))).reshape(row.shape)
+        except OSError as error:
+            raise SettingError("data", f"cannot read {path} as an image: {error}") from error
+
+    tops = [path.relative_to(root).parts[0] for path in paths]
+    classes = sorted(set(tops))
+    labelled = all(path.parent != root for path in paths) and len(classes) > 1
+    labels = torch.tensor([classes.index(top) for top in tops]) if labelled else None
+    for name in classes if labelled else ():
+        if tops.count(name) < 2:
+            raise SettingError(
+                "data", f"class {name} of {root} has one image; a class needs at least two, one to hold out"
+            )
+    return split(root.resolve().name, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)

@@ -1,0 +1,174 @@
+"""The training loop: batches, steps, checkpoints, and going on from one bit for bit.
+
+All randomness after the initial weights is the batch order, drawn from one generator whose state is in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import dimkern
+
+from . import checkpoint
+from .config import TrainConfig, refuse_changes
+from .data import Images, to_float
+from .encoder import DeepInfoMax, Encoder
+from .errors import SettingError, TrainingStopped
+from .objective import make_loss
+
+
+@dataclass
+class Run:
+    """A finished (or resumed) run: what the probes and the report need."""
+
+    config: TrainConfig
+    images: Images
+    untrained: Encoder
+    model: DeepInfoMax
+    history: dict[str, list[float]]  # "loss", "mi": one number a step; "seconds": one an epoch
+    device: torch.device
+    checkpoint: Path
+
+
+def train(config: TrainConfig, images: Images, resume: Path | None = None) -> Run:
+    """Train as `config` says, writing a checkpoint to `config.out` after every epoch.
+
+    Args:
+        resume: a checkpoint, or the directory of a run, to go on from. On a CPU the result is, to the last bit, that
+            of a run never interrupted (same build and --threads); CUDA may add in another order from run to run.
+
+    Raises:
+        SettingError: settings that fit neither the data nor the device, or not the run resumed.
+        TrainingStopped: the loss or the weights became NaN or infinite.
+    """
+    if config.batch_size > len(images.train):
+        raise SettingError("batch_size", f"got {config.batch_size}, there are {len(images.train)} training images")
+    device = pick_device(config.device)
+    if config.amp == "float16" and device.type != "cuda":
+        raise SettingError("amp", "float16 needs CUDA; accepted on a CPU are off and bfloat16")
+
+    # The products of 8x8 images are too small to share: two threads on two busy cores were 20 times slower than one.
+    if config.threads or images.train.shape[-1] < 16:
+        torch.set_num_threads(config.threads or 1)
+    torch.manual_seed(config.seed)
+    encoder = Encoder(images.train.shape[1], images.train.shape[-1], config.width, config.fc)
+    model = DeepInfoMax(encoder, config.objective, config.units).to(device)
+    untrained = copy.deepcopy(model.encoder)
+    steps = Steps(model, config, device)
+    order = torch.Generator().manual_seed(config.seed)
+    history: dict[str, list[float]] = {"loss": [], "mi": [], "seconds": []}
+
+    last_good = None
+    if resume is not None:
+        last_good, saved = checkpoint.load(resume)
+        refuse_changes(saved["config"], config)
+        if saved["images"] != images.fingerprint():
+            raise SettingError("data", f"the checkpoint's are {saved['images']}, these are {images.fingerprint()}")
+        steps.load_state_dict(saved["steps"])
+        order.set_state(saved["order"])
+        history = saved["history"]
+
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
+    path = out / checkpoint.NAME
+    for epoch in range(len(history["seconds"]), config.epochs):
+        started = time.perf_counter()
+        batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)
+        full = [batch for batch in batches if len(batch) == config.batch_size]  # the MI estimate depends on its size
+        for batch in progress(full, epoch, config.epochs, history):
+            loss, mi = steps.step(to_float(images.train[batch], device))
+            if not math.isfinite(loss):
+                raise TrainingStopped(stopped(f"the loss is {loss}", epoch, len(history["loss"]), last_good, config))
+            history["loss"].append(loss)
+            history["mi"].append(mi)
+        if not steps.finite():
+            raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
+        history["seconds"].append(time.perf_counter() - started)
+        state = {"config": dataclasses.asdict(config), "images": images.fingerprint(), "versions": versions()}
+        checkpoint.save(path, {**state, "steps": steps.state_dict(), "order": order.get_state(), "history": history})
+        last_good = path
+    return Run(config, images, untrained, model, history, device, last_good or path)
+
+
+class Steps:
+    """One optimisation step after another: model, loss, Adam, and mixed precision where it is on."""
+
+    def __init__(self, model: DeepInfoMax, config: TrainConfig, device: torch.device) -> None:
+        self.model = model
+        self.loss: nn.Module = make_loss(config)
+        self.adam = torch.optim.Adam(model.parameters(), config.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        low = torch.float16 if config.amp == "float16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, low, enabled=config.amp != "off")
+
+    def step(self, images: Tensor) -> tuple[float, float]:
+        """Train on (N, C, H, W) floats; the loss and MI estimate before the step."""
+        self.model.train()
+        self.adam.zero_grad(set_to_none=True)
+        with self.autocast:
+            parts = self.loss(*self.model(images))
+        self.scaler.scale(parts.loss).backward()
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        return parts.loss.item(), parts.mi.item()
+
+    def finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("model", "adam", "scaler")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SettingError("device", "got cuda, but PyTorch finds none here; accepted are auto and cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def progress(batches: list[Tensor], epoch: int, epochs: int, history: dict[str, list[float]]) -> Iterator[Tensor]:
+    """The batches, under a bar with loss and MI where there is a terminal, and one line at the end of the epoch."""
+    with tqdm(batches, desc=f"epoch {epoch + 1}/{epochs}", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for batch in bar:
+            yield batch
+            bar.set_postfix_str(describe(history["loss"][-1], history["mi"][-1]), refresh=False)
+    if epoch + 1 == epochs or epoch % max(1, epochs // 10) == 0:
+        loss, mi = (sum(history[key][-len(batches) :]) / len(batches) for key in ("loss", "mi"))
+        tqdm.write(f"epoch {epoch + 1:3d}/{epochs}  {describe(loss, mi)}", file=sys.stderr)
+
+
+def describe(loss: float, mi: float) -> str:
+    return f"loss {loss:8.4f}" + ("" if math.isnan(mi) else f"  MI {mi:7.4f} nats")
+
+
+def stopped(what: str, epoch: int, step: int, last_good: Path | None, config: TrainConfig) -> str:
+    hints = [f"a smaller --lr than {config.lr:g}"]
+    if config.estimator not in ("infonce", "jsd"):
+        hints.append(f"--estimator infonce or jsd (the loss of {config.estimator} can grow without bound)")
+    if config.amp == "float16":
+        hints.append("--amp bfloat16")
+    kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was written yet"
+    return f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Try {', or '.join(hints)}."
+
+
+def versions() -> dict[str, str]:
+    return {"dimkern": dimkern.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -1,0 +1,73 @@
+"""The encoder keeps the paper's maps at every size, and what is scored belongs to where it was seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dimkern.train.encoder import DeepInfoMax, Encoder, Head
+
+
+@pytest.mark.parametrize(
+    ("size", "local", "conv"),
+    [(8, (8, 4, 4), (16, 2, 2)), (16, (4, 8, 8), (8, 4, 4)), (28, (8, 8, 8), (16, 4, 4)), (32, (8, 8, 8), (16, 4, 4)),
+     (64, (16, 8, 8), (32, 4, 4))],
+)  # fmt: skip
+def test_maps_of_every_image_size(size, local, conv):
+    encoder = Encoder(3, size, width=4, fc=12)
+    seen = encoder(torch.randn(2, 3, size, size))
+    assert (tuple(seen.local.shape[1:]), tuple(seen.conv.shape[1:])) == (local, conv)
+    assert (encoder.local_channels, encoder.local_side, encoder.conv_features) == (*local[:2], seen.conv[0].numel())
+    assert (tuple(seen.fc.shape), tuple(seen.summary.shape)) == ((2, 12), (2, 64))
+
+
+def test_the_papers_encoder_at_32x32():
+    seen = Encoder(3, 32, width=64, fc=1024)(torch.randn(2, 3, 32, 32))
+    assert [tuple(t.shape[1:]) for t in seen] == [(128, 8, 8), (256, 4, 4), (1024,), (64,)]
+
+
+def test_padding_is_even_and_repeats_the_border():
+    torch.manual_seed(0)
+    encoder = Encoder(1, 28, width=2, fc=4).eval()
+    images = torch.randn(2, 1, 28, 28)
+    padded = torch.nn.functional.pad(images, (2, 2, 2, 2), mode="replicate")
+    assert torch.equal(encoder(images).summary, encoder(padded).summary)
+
+
+def test_a_local_vector_depends_on_its_own_location_only():
+    torch.manual_seed(0)
+    model = DeepInfoMax(Encoder(1, 8, width=4, fc=8), "local", 10).eval()
+    images = torch.randn(2, 1, 8, 8, requires_grad=True)
+    l, m = model(images)
+    assert l.shape == (2, 10, 4, 4)
+    (gradient,) = torch.autograd.grad((l[0, :, 0, 3] * torch.randn(10)).sum(), images)
+    assert gradient[0, 0, :5, 4:].abs().sum() > 0
+    assert gradient[0, 0, 5:].abs().sum() == 0  # far below the top right corner
+    assert gradient[0, 0, :, :3].abs().sum() == 0  # far to the left of it
+    assert gradient[1].abs().sum() == 0
+    assert m.shape == (2, 10)
+
+
+def test_global_objective_has_one_location():
+    l, m = DeepInfoMax(Encoder(1, 8, width=4, fc=8), "global", 10)(torch.randn(3, 1, 8, 8))
+    assert (tuple(l.shape), tuple(m.shape)) == ((3, 10, 1), (3, 10))
+
+
+def test_a_head_starts_near_the_identity():
+    torch.manual_seed(0)
+    head = Head(6, 9, normalise=False)
+    rows = torch.randn(50, 6)
+    passed = head.shortcut(rows) - head.shortcut.bias
+    assert (passed[:, :6] - rows).abs().max() < 0.3
+    assert passed[:, 6:].abs().max() < 0.3
+
+
+def test_normalised_features_have_unit_scale_over_channels():
+    out = Head(5, 16, normalise=True)(7 + 30 * torch.randn(40, 5))
+    assert torch.allclose(out.mean(1), torch.zeros(40), atol=1e-5)
+    assert torch.allclose(out.var(1, unbiased=False), torch.ones(40), atol=1e-3)
+
+
+def test_images_too_small_are_refused():
+    with pytest.raises(ValueError, match="size is 7"):
+        Encoder(1, 7)
