@@ -1,0 +1,94 @@
+"""The `dimkern` command.
+
+A subcommand is a function which adds its flags to a parser and returns what runs it, and one line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import dimkern
+
+Runner = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says one line when a flag is wrong: the usage is a screenful, and `--help` prints it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status (argparse's 2 for a flag that cannot be used)."""
+    parser = Parser(prog="dimkern", description="Deep InfoMax losses as fused streaming ops.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dimkern {dimkern.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (help, add) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", allow_abbrev=False)
+        command.set_defaults(run=add(command))
+    arguments = parser.parse_args(argv)
+    run: Runner = arguments.run
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def add_train(parser: argparse.ArgumentParser) -> Runner:
+    from dimkern.train import SettingError, TrainConfig, TrainingStopped
+
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for field in dataclasses.fields(TrainConfig):
+        accepts = field.metadata
+        if accepts["group"] not in groups:
+            groups[accepts["group"]] = parser.add_argument_group(accepts["group"])
+        choices = f": {', '.join(accepts['choices'])}" if accepts["choices"] else ""
+        default = f" (default: {field.default})" if field.default != "" else ""
+        groups[accepts["group"]].add_argument(
+            flag(field.name),
+            type=type(field.default),
+            default=argparse.SUPPRESS,  # only flags that were given: a resumed run takes the others from its checkpoint
+            metavar=accepts["metavar"] or ("NAME" if choices else field.name.upper()),
+            help=accepts["help"] + choices + default,
+        )
+    groups["output"].add_argument(
+        "--resume", metavar="PATH", type=Path, help="go on from this checkpoint or run directory, with its settings"
+    )
+
+    def run(arguments: argparse.Namespace) -> int:
+        from dimkern import train
+        from dimkern.train import checkpoint
+
+        given = {key: value for key, value in vars(arguments).items() if key not in ("run", "resume")}
+        try:
+            config = TrainConfig(**given) if arguments.resume is None else checkpoint.settings(arguments.resume, given)
+            train.run(config, arguments.resume)
+        except SettingError as error:
+            parser.error(f"{flag(error.setting)}: {error.why}")
+        except ModuleNotFoundError as error:
+            if "dimkern[train]" not in str(error):
+                raise
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 1
+        except TrainingStopped as error:
+            print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run
+
+
+def flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
+    "train": ("train Deep InfoMax on images, probe what it learnt, write a report with plots", add_train),
+}

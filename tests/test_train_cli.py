@@ -1,0 +1,112 @@
+"""The command line: every bad value gives one line that names the flag, and status 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import dimkern
+from dimkern import cli, train
+from dimkern.train import TrainConfig, TrainingStopped
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--epochs none", "--epochs: invalid int value: 'none'"),
+        ("--epochs 0", "--epochs: got 0, must be at least 1"),
+        ("--batch-size 1", "--batch-size: got 1, must be at least 2"),
+        ("--batch-size 99999", "--batch-size: got 99999"),
+        ("--lr 0", "--lr: got 0.0, must be a positive number"),
+        ("--lr nan", "--lr: got nan, must be a positive number"),
+        ("--scale nan", "--scale: got nan, must be at least 0"),
+        ("--estimator mine", "--estimator: got 'mine', accepted are infonce, jsd"),
+        ("--objective both", "--objective: got 'both', accepted are local, global"),
+        ("--device tpu", "--device: got 'tpu', accepted are auto, cpu, cuda"),
+        ("--amp int8", "--amp: got 'int8', accepted are off, bfloat16, float16"),
+        ("--data cifar", "--data: got 'cifar', accepted are digits, fashion-mnist and folder:PATH"),
+        ("--data folder:/absent", "--data: /absent is not a folder"),
+        ("--data fashion-mnist --data-root /absent", "--data-root: no train-images-idx3-ubyte"),
+        ("--resume /absent", "--resume: no checkpoint at /absent"),
+        ("--out /dev/null/x", "--out: cannot make /dev/null/x"),
+        ("--nonsense 3", "unrecognized arguments: --nonsense"),
+        ("--epochs", "--epochs: expected one argument"),
+    ],
+)
+def test_bad_flags_are_named(flags, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *flags.split()])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in said
+    assert said.count("\n") == 1
+
+
+def test_flags_reach_the_settings(monkeypatch):
+    got = []
+    monkeypatch.setattr(train, "run", lambda config, resume: got.append((config, resume)))
+    other = TrainConfig(epochs=3, lr=0.5, batch_size=7, estimator="jsd", data="folder:x", amp="bfloat16", out="there")
+    flags = [
+        text
+        for field in dataclasses.fields(TrainConfig)
+        for text in (cli.flag(field.name), str(getattr(other, field.name)))
+    ]
+    assert cli.main(["train", *flags]) == 0
+    assert cli.main(["train"]) == 0
+    assert got == [(other, None), (TrainConfig(), None)]
+
+
+def test_help_shows_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(TrainConfig):
+        assert cli.flag(field.name) in said
+        assert field.default == "" or f"(default: {field.default})" in said
+
+
+def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys):
+    small = ["--width", "4", "--fc", "8", "--units", "8", "--epochs", "1", "--out", str(tmp_path)]
+    assert cli.main(["train", *small]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", str(tmp_path), "--lr", "0.5"])
+    assert "--lr: the checkpoint was trained with 0.0003, this run asks for 0.5" in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0
+    assert "trained 2 epochs" in capsys.readouterr().out
+
+
+def test_a_stopped_run_says_so_without_a_traceback(monkeypatch, capsys):
+    def stop(config, resume):
+        raise TrainingStopped("the loss is nan in epoch 1")
+
+    monkeypatch.setattr(train, "run", stop)
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "dimkern train: stopped: the loss is nan in epoch 1\n"
+
+
+def test_missing_packages_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "sklearn" else object())
+    assert cli.main(["train"]) == 1
+    assert capsys.readouterr().err == "dimkern train: error: training needs sklearn: pip install 'dimkern[train]'\n"
+
+
+def test_import_and_version_need_none_of_the_extra():
+    code = (
+        "import sys\n"
+        "for name in ('sklearn', 'matplotlib', 'tqdm', 'PIL'): sys.modules[name] = None\n"
+        "import dimkern.train\n"
+        "from dimkern.cli import main\n"
+        "main(['--version'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dimkern {dimkern.__version__}\n", "")
+
+
+def test_python_m_is_the_same_command():
+    done = subprocess.run([sys.executable, "-m", "dimkern"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "dimkern: error: the following arguments are required: COMMAND (see dimkern --help)\n"

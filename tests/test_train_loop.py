@@ -1,0 +1,151 @@
+"""Training learns, stops when it must, and goes on from a checkpoint as if it had never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from dimkern.train import SettingError, TrainConfig, TrainingStopped, checkpoint, loop
+from dimkern.train.config import ESTIMATORS
+from dimkern.train.data import Images, load_digits
+
+
+@pytest.fixture(scope="module")
+def digits() -> Images:
+    whole = load_digits()
+    return dataclasses.replace(whole, train=whole.train[:256], train_labels=whole.train_labels[:256])
+
+
+def small(out: Any, **settings: Any) -> TrainConfig:
+    return TrainConfig(**{"out": str(out), "width": 8, "fc": 32, "units": 16, "epochs": 2, "lr": 1e-3, **settings})
+
+
+def weights(run: loop.Run) -> torch.Tensor:
+    return torch.cat([t.flatten().double() for t in run.model.state_dict().values()])
+
+
+@pytest.mark.parametrize("objective", ["local", "global"])
+def test_training_lowers_the_loss_and_lifts_the_mi_estimate(tmp_path, digits, objective):
+    run = loop.train(small(tmp_path, objective=objective, epochs=5), digits)
+    loss, mi = (torch.tensor(run.history[key]).view(5, -1).mean(1) for key in ("loss", "mi"))
+    assert (loss.diff() < 0).all()
+    assert (mi.diff() > 0).all()
+    assert mi[-1] < math.log(64 * 16)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_lowers_its_loss(tmp_path, digits, estimator):
+    history = loop.train(small(tmp_path, estimator=estimator, epochs=4), digits).history
+    assert sum(history["loss"][-4:]) < sum(history["loss"][:4])
+    assert len(history["loss"]) == 4 * (256 // 64)
+
+
+@pytest.mark.parametrize("settings", [{}, {"amp": "bfloat16"}, {"estimator": "dv", "objective": "global"}])
+def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
+    straight = loop.train(small(tmp_path / "straight", epochs=4, **settings), digits)
+    loop.train(small(tmp_path / "first", epochs=2, **settings), digits)
+    torch.manual_seed(12345)  # whatever happened in between
+    resumed = loop.train(small(tmp_path / "second", epochs=4, **settings), digits, tmp_path / "first")
+    assert torch.equal(weights(straight), weights(resumed))
+    for key in ("loss", "mi"):
+        assert straight.history[key] == resumed.history[key]
+    assert len(straight.history["loss"]) == 16
+    one, other = (checkpoint.load(tmp_path / name)[1]["steps"]["adam"]["state"] for name in ("straight", "second"))
+    assert all(torch.equal(one[i][key], other[i][key]) for i in one for key in one[i])
+
+
+def test_seed_decides_the_run(tmp_path, digits):
+    first, again, other = (weights(loop.train(small(tmp_path, epochs=1, seed=s), digits)) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_every_setting_is_either_compared_or_free(tmp_path, digits):
+    loop.train(small(tmp_path, epochs=2), digits)
+    changed = {"image_size": 40, "color": "gray", "objective": "global", "estimator": "jsd", "scale": 2.0}
+    changed |= {"width": 9, "fc": 33, "units": 17, "epochs": 1, "batch_size": 32}
+    changed |= {"lr": 2e-3, "seed": 1, "amp": "bfloat16"}
+    for name, value in changed.items():
+        with pytest.raises(SettingError, match=f"^{name}: the checkpoint.*{getattr(small(tmp_path), name)}"):
+            loop.train(small(tmp_path, **{name: value}), digits, tmp_path)
+    free = {"data", "data_root", "device", "threads", "probe_images", "out"}  # data: its images are compared instead
+    assert free | set(changed) == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_resume_refuses_other_images(tmp_path, digits):
+    loop.train(small(tmp_path, epochs=1), digits)
+    with pytest.raises(SettingError, match=r"^data: "):
+        loop.train(small(tmp_path), dataclasses.replace(digits, train=digits.train.flip(3)), tmp_path)
+
+
+def test_resume_takes_unnamed_settings_from_the_checkpoint(tmp_path, digits):
+    loop.train(small(tmp_path, epochs=1), digits)
+    assert checkpoint.settings(tmp_path, {"epochs": 9}) == small(tmp_path, epochs=9)
+
+
+def test_checkpoint_is_safe_to_load_and_an_interrupted_write_keeps_the_last(tmp_path, digits, monkeypatch):
+    path = loop.train(small(tmp_path, epochs=1), digits).checkpoint
+    state = torch.load(path, weights_only=True)
+    assert state["config"] == dataclasses.asdict(small(tmp_path, epochs=1))
+
+    def full_disk(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.save(path, {"steps": None})
+    assert torch.load(path, weights_only=True)["history"] == state["history"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"junk", b"PK\x03\x04 cut short"])
+def test_unreadable_checkpoint_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / checkpoint.NAME).write_bytes(content)
+    with pytest.raises(SettingError, match=f"^resume: .*{tmp_path}"):
+        checkpoint.load(tmp_path)
+
+
+def test_foreign_checkpoint_is_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(SettingError, match="not a checkpoint of"):
+        checkpoint.load(tmp_path / "other.pt")
+
+
+def test_nan_loss_stops_with_step_checkpoint_and_hint(tmp_path, digits, monkeypatch):
+    honest, calls = loop.Steps.step, []
+
+    def step(self: loop.Steps, images: torch.Tensor) -> tuple[float, float]:
+        calls.append(None)
+        return honest(self, images * math.nan if len(calls) == 6 else images)
+
+    monkeypatch.setattr(loop.Steps, "step", step)
+    with pytest.raises(TrainingStopped, match=r"loss is nan in epoch 2, step 6; .*checkpoint\.pt\. Try a smaller --lr"):
+        loop.train(small(tmp_path), digits)
+    assert len(checkpoint.load(tmp_path)[1]["history"]["loss"]) == 4  # of the good epoch, and loadable
+
+
+def test_a_weight_gone_bad_is_never_saved(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr(loop.Steps, "finite", lambda self: False)
+    with pytest.raises(TrainingStopped, match="no checkpoint was written yet"):
+        loop.train(small(tmp_path), digits)
+    assert not (tmp_path / checkpoint.NAME).exists()
+
+
+def test_bfloat16_stays_close_to_float32(tmp_path, digits):
+    full, half = (loop.train(small(tmp_path, epochs=1, amp=amp), digits).history["loss"] for amp in ("off", "bfloat16"))
+    assert full != half  # it was on
+    assert half == pytest.approx(full, rel=0.05)
+
+
+def test_what_the_machine_or_the_data_cannot_do_is_refused(tmp_path, digits):
+    with pytest.raises(SettingError, match=r"^batch_size: .*256"):
+        loop.train(small(tmp_path, batch_size=257), digits)
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingError, match=r"^device: "):
+            loop.train(small(tmp_path, device="cuda"), digits)
+        with pytest.raises(SettingError, match=r"^amp: "):
+            loop.train(small(tmp_path, amp="float16"), digits)
