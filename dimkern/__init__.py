@@ -18,7 +18,6 @@ from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, inf
 from .modules import DonskerVaradhanLoss, FenchelDualLoss, InfoNCELoss
 from .plan import BACKENDS
 
-
 __all__ = [
     "BACKENDS",
     "DonskerVaradhanLoss",

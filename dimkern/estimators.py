@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 Family = Literal["pointwise", "row_lse", "global_lse"]
 
-CONSTANTS = {"one": 1.0, "two": 2.0, "half": 0.5, "quarter": 0.25, "log2": math.log(2.0)}
+CONSTANTS = {"one": 1.0, "half": 0.5, "quarter": 0.25, "log2": math.log(2.0)}
 
 # beyond 40 the correction e^-x of softplus is below float64's resolution; torch's default of 20 is not
 _SOFTPLUS = {"beta": 1.0, "threshold": 40.0}

@@ -70,8 +70,8 @@ def _plan_lines(plan: Plan, c: Tensor) -> list[str]:
         f"order: {plan.order} ({why})",
         f"blocks: {row_blocks} of {plan.row_images * p.P} rows x {col_blocks} of {plan.col_images * p.L} columns, "
         f"scores in {_short(p.score_dtype)}; local features {staged}",
-        f"work: {plan.gemms} matrix products over all pairs, {plan.flops / 1e9:,.3g} GFLOP, one exponential or so a pair"
-        f"; gradients: {', '.join(gradients) or 'none'}",
+        f"work: {plan.gemms} matrix products over all pairs, {plan.flops / 1e9:,.3g} GFLOP, one exponential or so "
+        f"a pair; gradients: {', '.join(gradients) or 'none'}",
         f"memory: reads and writes about {format_bytes(traffic)} of features and gradients; peak beyond inputs, "
         f"outputs and gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
     ]

@@ -152,14 +152,15 @@ def _loss(
     kappa = L * math.exp(OFFICIAL_SELF_SCORE) if self_mask == "official" else 0.0
     row = REGISTRY[estimator]
 
-    if choose_backend(backend, c.device) == "streaming" and reduction != "none":
+    chosen = choose_backend(backend, c.device)
+    if chosen == "streaming" and reduction != "none":
         grad = torch.is_grad_enabled()
         grad_c, grad_g = grad and c.requires_grad, grad and (g.requires_grad or factor.requires_grad)
         loss, positives, negatives, *_ = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g)
         mean = loss
     else:
-        scores = reference.scores if choose_backend(backend, c.device) == "reference" else ops.scores
-        positives, negatives, *_ = scores(c, g, factor, estimator, kappa, clip)
+        pair_scores = reference.scores if chosen == "reference" else ops.scores
+        positives, negatives, *_ = pair_scores(c, g, factor, estimator, kappa, clip)
         items = item_losses(row, positives, negatives)
         mean = items.mean()
         loss = mean if reduction != "none" else items.transpose(1, 2) if items.ndim == 3 else items
@@ -170,8 +171,6 @@ def _loss(
 
     positives, negatives, mean = positives.detach(), negatives.detach(), mean.detach()
     if row.family == "row_lse":
-        e_neg = torch.logaddexp(negatives.unsqueeze(-1), positives).mean()
-    else:
-        e_neg = negatives.mean()
+        negatives = torch.logaddexp(negatives.unsqueeze(-1), positives)
     mi = mutual_information(row, positives, mean, candidates=1 + (N - 1) * L)
-    return LossParts(loss, row.f(positives).mean(), e_neg, mi)
+    return LossParts(loss, row.f(positives).mean(), negatives.mean(), mi)

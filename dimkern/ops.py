@@ -108,7 +108,7 @@ _library.impl("scores_backward", _sweep, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dimkern::mean_loss", lib=_library)
-def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):  # type: ignore[no-untyped-def]
+def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):
     dtype = score_dtype_of(c.dtype, g.dtype)
     (N, L, _), P = c.shape, g.shape[1]
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
@@ -116,7 +116,7 @@ def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):  # typ
 
 
 @torch.library.register_fake("dimkern::scores", lib=_library)
-def _scores_fake(c, g, scale, estimator, kappa, clip):  # type: ignore[no-untyped-def]
+def _scores_fake(c, g, scale, estimator, kappa, clip):
     dtype = score_dtype_of(c.dtype, g.dtype)
     (N, L, _), P = c.shape, g.shape[1]
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
@@ -126,11 +126,11 @@ def _scores_fake(c, g, scale, estimator, kappa, clip):  # type: ignore[no-untype
 @torch.library.register_fake("dimkern::scores_backward", lib=_library)
 def _scores_backward_fake(
     c, g, scale, negatives, d_positives, d_negatives, budget, estimator, clip, grad_c, grad_g
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     return _gradients(c, g, grad_c, grad_g)
 
 
-def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):  # type: ignore[no-untyped-def]
+def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):
     """Gradients by c, g and scale from those by c and by scale * g (MATHS.md §1)."""
     by_c, by_g, by_scale = ctx.needs_input_grad[:3]
     return (
@@ -140,14 +140,14 @@ def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):  # type: ignore[no-untyped-def
     )
 
 
-def _mean_loss_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _mean_loss_context(ctx, inputs, output):
     c, g, scale, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(g, scale, *output[3:])
     ctx.c_dtype = c.dtype
 
 
-def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_h):  # type: ignore[no-untyped-def]
+def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_h):
     if d_grad_c is not None or d_grad_h is not None:
         raise RuntimeError(_SECOND_DERIVATIVE)
     g, scale, grad_c, grad_h = ctx.saved_tensors
@@ -155,14 +155,14 @@ def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_
     return *_by_inputs(ctx, grad_c * d_loss, grad_h * d_loss, ctx.c_dtype, g, scale), *[None] * 5
 
 
-def _scores_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _scores_context(ctx, inputs, output):
     c, g, scale, estimator, _, clip = inputs
     _, negatives, budget = output
     ctx.save_for_backward(c, g, scale, negatives, budget)
     ctx.estimator, ctx.clip = estimator, clip
 
 
-def _scores_backward_formula(ctx, d_positives, d_negatives, _):  # type: ignore[no-untyped-def]
+def _scores_backward_formula(ctx, d_positives, d_negatives, _):
     c, g, scale, negatives, budget = ctx.saved_tensors
     by_c, by_g, by_scale = ctx.needs_input_grad[:3]
     d_c, d_h = _scores_backward(
@@ -171,7 +171,7 @@ def _scores_backward_formula(ctx, d_positives, d_negatives, _):  # type: ignore[
     return *_by_inputs(ctx, d_c, d_h, c.dtype, g, scale), *[None] * 3
 
 
-def _refuse(ctx, *_):  # type: ignore[no-untyped-def]
+def _refuse(ctx, *_):
     raise RuntimeError(_SECOND_DERIVATIVE)
 
 

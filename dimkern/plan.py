@@ -5,7 +5,7 @@ Owns every choice (backend, loop order, block and tile sizes) and the reasons fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +20,9 @@ BACKENDS = ("streaming", "cpu", "triton", "cuda", "reference")  # in the order "
 # (measured: 2 to 8 MB are alike), large enough to fill the chip on an accelerator.
 _TILE_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_TILE_BYTES = 128 * 2**20
+# Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block. DV's one sum
+# closes with the last row, so all rows must be in one block.
+_MOST_ROW_BLOCKS = {"row_lse": 64, "global_lse": 1}
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
@@ -174,21 +177,22 @@ def make_plan(problem: Problem, budget: int) -> Plan:
     smallest = columns_outside(1, 1)
     if smallest.scratch > budget:
         raise ValueError(
-            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs at least "
-            f"{format_bytes(smallest.scratch)}: raise it with dimkern.config(memory_budget=...) or DIMKERN_MEMORY_BUDGET"
+            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs at "
+            f"least {format_bytes(smallest.scratch)}: raise it with dimkern.config(memory_budget=...) or the "
+            "environment variable DIMKERN_MEMORY_BUDGET"
         )
 
-    def tiled(make: object, row_images: int) -> Plan:
+    def tiled(make: Callable[[int, int], Plan], row_images: int) -> Plan:
         """The widest tile of this many rows that the cache and the budget admit."""
         pairs = row_images * p.P * p.L * p.itemsize
         col_images = max(1, min(p.N, tile_bytes // pairs))
         while True:
-            plan = make(row_images, col_images)  # type: ignore[operator]
+            plan = make(row_images, col_images)
             if plan.scratch <= budget or col_images == 1:
                 return plan
             col_images = (col_images + 1) // 2
 
-    def tallest(make: object) -> Plan | None:
+    def tallest(make: Callable[[int, int], Plan]) -> Plan | None:
         """The plan with the fewest row blocks that fits, blocks of even height."""
         blocks = 1
         while True:
@@ -205,12 +209,9 @@ def make_plan(problem: Problem, budget: int) -> Plan:
     if p.row.family == "pointwise" or p.weights_known or not p.needs_grad:
         return lean
     fast = tallest(rows_outside)
-    return fast if fast is not None and -(-p.N // fast.row_images) <= _most_row_blocks(p) else lean
-
-
-def _most_row_blocks(p: Problem) -> int:
-    """Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block."""
-    return 64
+    if fast is None or len(list(fast.row_blocks())) > _MOST_ROW_BLOCKS[p.row.family]:
+        return lean
+    return fast
 
 
 def _fixed_bytes(p: Problem) -> int:

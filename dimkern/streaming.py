@@ -28,9 +28,9 @@ from .plan import Plan, Problem
 class Tiles(Protocol):
     """One critic on one device, bound to its inputs and to the gradient buffers it adds to.
 
-    `rows` and `cols` are slices of images: rows*P summaries against cols*L locations. Own-image pairs
-    take no part in `measure`, `weigh`, `sweep` and `accumulate`. A (row, column) block is accumulated
-    at most once, in ascending order of either slice.
+    `rows` and `cols` are slices of images: rows*P summaries against cols*L locations. The statistics of
+    `measure`, `weigh` and `sweep` leave own-image pairs out; their weights, (rows, P, L), come as `own`. A
+    (row, column) block is accumulated at most once, in ascending order of either slice.
     """
 
     def positives(self) -> Tensor:
@@ -42,17 +42,11 @@ class Tiles(Protocol):
     def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """The same, and keep the block's phi until `accumulate`."""
 
-    def accumulate(self, rows: slice, cols: slice, alpha: Tensor) -> None:
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor) -> None:
         """Add the gradients of a block that `weigh` kept; alpha is (rows, P)."""
 
-    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor) -> Tensor:
+    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         """score + map + accumulate in one, nothing kept; returns the sum of psi, (rows, P)."""
-
-    def accumulate_positives(self, weights: Tensor) -> None:
-        """Add the gradients of the own-image pairs, whose weights are (N, P, L)."""
-
-    def rescale(self, factor: Tensor) -> None:
-        """Multiply every gradient accumulated so far by a 0-d factor."""
 
 
 class Scores(NamedTuple):
@@ -77,25 +71,23 @@ def differentiate(tiles: Tiles, plan: Plan, negatives: Tensor, d_positives: Tens
     ref, alpha = weights_of(plan.problem, negatives, d_negatives)
     for cols in plan.col_blocks():
         for rows in plan.row_blocks():
-            tiles.sweep(rows, cols, None if ref is None else ref[rows], alpha[rows])
-    tiles.accumulate_positives(d_positives)
+            tiles.sweep(rows, cols, None if ref is None else ref[rows], alpha[rows], d_positives[rows])
 
 
 def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
     """Statistics, and the gradients of the mean of the item losses accumulated in the same pass."""
-    p = plan.problem
-    if p.row.family == "pointwise":
-        return _pointwise(tiles, plan)
-    if plan.order == "columns outside":
-        scores = measure(tiles, plan, kappa)
-        differentiate(tiles, plan, scores.negatives, *mean_loss_weights(p.row, *scores, p.rows))
-        return scores
-    if p.row.family == "row_lse":
+    if plan.order == "rows outside":
         return _rows_outside(tiles, plan, kappa)
-    return _rows_outside_one_sum(tiles, plan)
+    if plan.problem.row.family == "pointwise":
+        return _one_sweep(tiles, plan)
+    scores = measure(tiles, plan, kappa)
+    p = plan.problem
+    differentiate(tiles, plan, scores.negatives, *mean_loss_weights(p.row, *scores, p.rows))
+    return scores
 
 
-def _pointwise(tiles: Tiles, plan: Plan) -> Scores:
+def _one_sweep(tiles: Tiles, plan: Plan) -> Scores:
+    """Pointwise estimators: alpha needs no statistic, so the sums are made on the way."""
     p = plan.problem
     positives = tiles.positives()
     sums = torch.zeros(p.N, p.P, dtype=wide(p), device=p.device)
@@ -103,49 +95,22 @@ def _pointwise(tiles: Tiles, plan: Plan) -> Scores:
     _, alpha = weights_of(p, sums, d_negatives)
     for cols in plan.col_blocks():
         for rows in plan.row_blocks():
-            sums[rows] += tiles.sweep(rows, cols, None, alpha[rows])
-    tiles.accumulate_positives(d_positives)
+            sums[rows] += tiles.sweep(rows, cols, None, alpha[rows], d_positives[rows])
     return Scores(positives, finish(p, sums, 0.0))
 
 
 def _rows_outside(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
-    """InfoNCE: a row block is finished, and its gradients final, before the next one is scored."""
+    """A row block is finished, and its gradients final, before the next one is scored (DV: there is only one)."""
     p = plan.problem
     positives = tiles.positives()
     negatives = torch.empty(p.N, p.P, dtype=wide(p), device=p.device)
-    d_positives = torch.empty_like(positives)
     for rows in plan.row_blocks():
         blocks = [(cols, *tiles.weigh(rows, cols)) for cols in plan.col_blocks()]
-        log_sums = _merge([_log_sum(ref, sums) for _, ref, sums in blocks])
-        negatives[rows] = finish(p, log_sums, kappa)
-        d_positives[rows], d_negatives = mean_loss_weights(p.row, positives[rows], negatives[rows], p.rows)
+        negatives[rows] = finish(p, _merge([_log_sum(ref, sums) for _, ref, sums in blocks]), kappa)
+        own, d_negatives = mean_loss_weights(p.row, positives[rows], negatives[rows], p.rows)
         row_ref, alpha = weights_of(p, negatives[rows], d_negatives)
         for cols, ref, sums in blocks:
-            tiles.accumulate(rows, cols, alpha * _gain(ref, sums, row_ref))
-    tiles.accumulate_positives(d_positives)
-    return Scores(positives, negatives)
-
-
-def _rows_outside_one_sum(tiles: Tiles, plan: Plan) -> Scores:
-    """DV: one sum for all rows, so gradients stay relative to a running reference until the last row is seen."""
-    p = plan.problem
-    log_sums = torch.empty(p.N, p.P, dtype=wide(p), device=p.device)
-    anchor = torch.full((), torch.finfo(wide(p)).min, dtype=wide(p), device=p.device)
-    for rows in plan.row_blocks():
-        blocks = [(cols, *tiles.weigh(rows, cols)) for cols in plan.col_blocks()]
-        log_sums[rows] = _merge([_log_sum(ref, sums) for _, ref, sums in blocks])
-        higher = torch.maximum(anchor, log_sums[rows].max())
-        if rows.start > 0:
-            tiles.rescale((anchor - higher).exp())
-        anchor = higher
-        for cols, ref, sums in blocks:
-            tiles.accumulate(rows, cols, _gain(ref, sums, anchor))
-    positives = tiles.positives()
-    negatives = finish(p, log_sums, 0.0)
-    d_positives, d_negatives = mean_loss_weights(p.row, positives, negatives, p.rows)
-    row_ref, alpha = weights_of(p, negatives, d_negatives)
-    tiles.rescale((anchor - row_ref[0, 0]).exp() * alpha[0, 0])  # type: ignore[index]
-    tiles.accumulate_positives(d_positives)
+            tiles.accumulate(rows, cols, alpha * _gain(ref, sums, row_ref), own)
     return Scores(positives, negatives)
 
 

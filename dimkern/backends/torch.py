@@ -54,10 +54,11 @@ class TorchTiles:
         self._kept[cols.start] = tile
         return self._per_row(ref), self._per_row(sums)
 
-    def accumulate(self, rows: slice, cols: slice, alpha: Tensor) -> None:
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor) -> None:
         self._accumulate(self._kept.pop(cols.start), rows, cols, alpha)
+        self._accumulate_own(rows, cols, own)
 
-    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor) -> Tensor:
+    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         tile = self._score(rows, cols, self._tile("scores"))
         if ref is None:
             ref = self._reference(tile, rows, cols)
@@ -66,22 +67,8 @@ class TorchTiles:
             self._own(tile, rows, cols, -torch.inf)
         sums = self._map(tile, ref, rows, cols)
         self._accumulate(tile, rows, cols, alpha)
+        self._accumulate_own(rows, cols, own)
         return self._per_row(sums)
-
-    def accumulate_positives(self, weights: Tensor) -> None:
-        weights = weights.to(self._p.score_dtype)
-        if self._clip is not None:
-            weights = weights * self._slope(self.positives())
-        for cols in self._plan.col_blocks():
-            if self._grad_h is not None:
-                self._grad_h[cols].baddbmm_(weights[cols], self._locals(cols))
-            if self._grad_c is not None:
-                self._grad_c[cols].baddbmm_(weights[cols].transpose(1, 2), self._g[cols])
-
-    def rescale(self, factor: Tensor) -> None:
-        for gradient in (self._grad_c, self._grad_h):
-            if gradient is not None:
-                gradient.mul_(factor)
 
     def _score(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         g = self._g[rows].flatten(0, 1)  # (rows, K)
@@ -131,11 +118,10 @@ class TorchTiles:
 
     def _own(self, tile: Tensor, rows: slice, cols: slice, value: float) -> None:
         """Overwrite the own-image pairs of a tile, its block diagonal."""
-        first, last = max(rows.start, cols.start), min(rows.stop, cols.stop)
-        if first < last:
+        images = _both(rows, cols)
+        if images is not None:
             blocks = tile.view(rows.stop - rows.start, self._p.P, cols.stop - cols.start, self._p.L)
-            own = blocks[first - rows.start : last - rows.start, :, first - cols.start : last - cols.start]
-            own.diagonal(dim1=0, dim2=2).fill_(value)
+            blocks[_within(images, rows), :, _within(images, cols)].diagonal(dim1=0, dim2=2).fill_(value)
 
     def _accumulate(self, tile: Tensor, rows: slice, cols: slice, alpha: Tensor) -> None:
         alpha = alpha.to(self._p.score_dtype).reshape(-1, 1)  # (rows, 1)
@@ -151,6 +137,19 @@ class TorchTiles:
             g = self._g[rows].flatten(0, 1)
             scaled = torch.mul(g, alpha, out=self._product(g))
             self._grad_c[cols].flatten(0, 1).addmm_(tile.t(), scaled, beta=1 if rows.start else 0)
+
+    def _accumulate_own(self, rows: slice, cols: slice, own: Tensor) -> None:
+        images = _both(rows, cols)
+        if images is None:
+            return
+        weights = own[_within(images, rows)].to(self._p.score_dtype)  # (images, P, L)
+        c, g = self._locals(cols)[_within(images, cols)], self._g[images]
+        if self._clip is not None:
+            weights = weights * self._slope(self._soft_clip(torch.bmm(g, c.transpose(1, 2))))
+        if self._grad_h is not None:
+            self._grad_h[images].baddbmm_(weights, c)
+        if self._grad_c is not None:
+            self._grad_c[images].baddbmm_(weights.transpose(1, 2), g)
 
     def _locals(self, cols: slice) -> Tensor:
         """Local features of some images, (cols, L, K) with a matrix's strides: a view, or staged once per block."""
@@ -180,10 +179,20 @@ class TorchTiles:
         return self._buffer("product", self._plan.row_images * self._p.P * self._p.K)[: like.numel()].view_as(like)
 
     def _buffer(self, name: str, size: int) -> Tensor:
-        """Scratch that lives as long as the call: a fresh tile each time would cost more in page faults than its map."""
+        """Scratch for the whole call: a fresh tile each time would cost more in page faults than its map."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(size, dtype=self._p.score_dtype, device=self._p.device)
         return self._buffers[name]
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
+
+
+def _both(rows: slice, cols: slice) -> slice | None:
+    """The images that have both their summaries and their locations in a block."""
+    images = slice(max(rows.start, cols.start), min(rows.stop, cols.stop))
+    return images if images.start < images.stop else None
+
+
+def _within(images: slice, block: slice) -> slice:
+    return slice(images.start - block.start, images.stop - block.start)
