@@ -14,6 +14,14 @@ from typing import NoReturn
 
 import dimkern
 
+TRAIN_EXAMPLES = """\
+examples:
+  dimkern train
+  dimkern train --estimator jsd --out runs/jsd
+  dimkern train --data folder:photos --image-size 64 --width 64 --out runs/photos
+  dimkern train --resume runs/photos --epochs 40
+"""
+
 Runner = Callable[[argparse.Namespace], int]
 
 
@@ -44,19 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_train(parser: argparse.ArgumentParser) -> Runner:
     from dimkern.train import SettingError, TrainConfig, TrainingStopped
 
+    parser.usage = "%(prog)s [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = TRAIN_EXAMPLES
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in dataclasses.fields(TrainConfig):
         accepts = field.metadata
         if accepts["group"] not in groups:
             groups[accepts["group"]] = parser.add_argument_group(accepts["group"])
-        choices = f": {', '.join(accepts['choices'])}" if accepts["choices"] else ""
+        kind = type(field.default)
         default = f" (default: {field.default})" if field.default != "" else ""
         groups[accepts["group"]].add_argument(
             flag(field.name),
-            type=type(field.default),
+            type=kind,
             default=argparse.SUPPRESS,  # only flags that were given: a resumed run takes the others from its checkpoint
-            metavar=accepts["metavar"] or ("NAME" if choices else field.name.upper()),
-            help=accepts["help"] + choices + default,
+            metavar=accepts["metavar"] or "|".join(accepts["choices"]) or {int: "N", float: "X"}[kind],
+            help=accepts["help"] + default,
         )
     groups["output"].add_argument(
         "--resume", metavar="PATH", type=Path, help="go on from this checkpoint or run directory, with its settings"

@@ -123,7 +123,9 @@ def test_nan_loss_stops_with_step_checkpoint_and_hint(tmp_path, digits, monkeypa
         return honest(self, images * math.nan if len(calls) == 6 else images)
 
     monkeypatch.setattr(loop.Steps, "step", step)
-    with pytest.raises(TrainingStopped, match=r"loss is nan in epoch 2, step 6; .*checkpoint\.pt\. Try a smaller --lr"):
+    with pytest.raises(
+        TrainingStopped, match=r"loss is nan in epoch 2, step 6; .*checkpoint\.pt\. Start again with a smaller --lr"
+    ):
         loop.train(small(tmp_path), digits)
     assert len(checkpoint.load(tmp_path)[1]["history"]["loss"]) == 4  # of the good epoch, and loadable
 

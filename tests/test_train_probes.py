@@ -52,8 +52,8 @@ def test_a_run_reports_what_it_did(tmp_path, capsys):
     assert {path.name for path in paths} == {"report.json", "curves.png", "probes.png", "score_map.png"}
     assert all(path.stat().st_size > 1000 and str(path) in said for path in paths)
     content = json.loads(paths[0].read_text())
-    assert content["config"]["epochs"] == len(content["epochs"]) == 2
-    assert np.mean(content["steps"]["loss"][:20]) == pytest.approx(content["epochs"][0]["loss"])
+    assert content["config"]["epochs"] == len(content["epochs"]["seconds"]) == 2
+    assert np.mean(content["steps"]["loss"][:20]) == pytest.approx(content["epochs"]["loss"][0])
     assert f"{100 * content['probes']['trained']['Y']['linear']:.1f}" in said
     assert content["probes"]["raw"]["linear"] > 0.9
 
@@ -67,4 +67,7 @@ def test_without_labels_there_are_no_probes_but_a_report(tmp_path, objective):
     assert probes.probe_all(images, done.untrained, done.model.encoder, 100) is None
     names = {path.name for path in report.write_report(done, None, 0.0)}
     assert names == {"report.json", "curves.png"} | ({"score_map.png"} if objective == "local" else set())
+    assert json.loads((tmp_path / "report.json").read_text())["steps"]["mi"] == [
+        None
+    ]  # W1 implies none; JSON has no NaN
     assert done.model.training  # drawing the scores in evaluation mode leaves the model as it was

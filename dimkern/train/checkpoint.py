@@ -17,6 +17,17 @@ NAME = "checkpoint.pt"
 FORMAT = 1
 
 
+def place(out: Path) -> Path:
+    """Where the checkpoint of a run in `out` goes; makes the directory, so that a bad one is found before training."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise SettingError("out", f"cannot write to {out}")
+    return out / NAME
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` beside `path`, then rename: an interrupted write leaves the previous checkpoint in place."""
     partial = path.with_name(path.name + ".partial")

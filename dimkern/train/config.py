@@ -96,7 +96,7 @@ class TrainConfig:
     )
 
     probe_images: int = setting(
-        5000, "output", "labelled training images that the probes may use", least=100, metavar="N", may_change=True
+        5000, "output", "labelled training images that the probes may use", least=100, may_change=True
     )
     out: str = setting(
         "runs/dim", "output", "directory of the checkpoint, report and plots", metavar="DIR", may_change=True

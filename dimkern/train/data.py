@@ -125,7 +125,8 @@ def load_fashion_mnist(root: Path) -> Images:
             raise SettingError("data_root", str(error)) from error
     train, train_labels, held_out, held_out_labels = tensors
     for images, labels in ((train, train_labels), (held_out, held_out_labels)):
-        if images.dim() != 3 or labels.dim() != 1 or len(images) != len(labels):
+        matching = images.dim() == 3 and images.shape[1:] == train.shape[1:] and labels.shape == images.shape[:1]
+        if not matching:
             raise SettingError(
                 "data_root", f"images {tuple(images.shape)} and labels {tuple(labels.shape)} in {root} do not match"
             )

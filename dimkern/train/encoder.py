@@ -27,14 +27,12 @@ class Encoder(nn.Module):
 
     The local map is the one before the last. 32x32 gives the paper's encoder: 64-128-256 channels, local features
     128x8x8. Images of 8x8 first pass a k3 s1 convolution and go down to 2x2, so that their local map is 4x4.
-    Sides which are no power of two are padded to the next (28 to 32) by repeating the border.
+    Sides that are no power of two, or below 8, are padded to the next (28 to 32) by repeating the border.
     """
 
     def __init__(self, channels: int, size: int, width: int = 64, fc: int = 1024, summary: int = 64) -> None:
         super().__init__()
-        if size < 8:
-            raise ValueError(f"size is {size}, the encoder takes images of 8x8 and larger")
-        self.size = 2 ** math.ceil(math.log2(size))
+        self.size = max(8, 2 ** math.ceil(math.log2(size)))
         small = self.size == 8
         stages: list[nn.Module] = [conv_block(channels, width, kernel=3, stride=1)] if small else []
         side = self.size

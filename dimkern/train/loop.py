@@ -64,29 +64,25 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None) -> Ru
     if config.threads or images.train.shape[-1] < 16:
         torch.set_num_threads(config.threads or 1)
     torch.manual_seed(config.seed)
-    encoder = Encoder(images.train.shape[1], images.train.shape[-1], config.width, config.fc)
+    encoder = Encoder(images.train.shape[1], max(images.train.shape[2:]), config.width, config.fc)
     model = DeepInfoMax(encoder, config.objective, config.units).to(device)
     untrained = copy.deepcopy(model.encoder)
     steps = Steps(model, config, device)
     order = torch.Generator().manual_seed(config.seed)
     history: dict[str, list[float]] = {"loss": [], "mi": [], "seconds": []}
+    fingerprint = images.fingerprint()
 
     last_good = None
     if resume is not None:
         last_good, saved = checkpoint.load(resume)
         refuse_changes(saved["config"], config)
-        if saved["images"] != images.fingerprint():
-            raise SettingError("data", f"the checkpoint's are {saved['images']}, these are {images.fingerprint()}")
+        if saved["images"] != fingerprint:
+            raise SettingError("data", f"the checkpoint was trained on {saved['images']}, these are {fingerprint}")
         steps.load_state_dict(saved["steps"])
         order.set_state(saved["order"])
         history = saved["history"]
 
-    out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
-    path = out / checkpoint.NAME
+    path = checkpoint.place(Path(config.out))
     for epoch in range(len(history["seconds"]), config.epochs):
         started = time.perf_counter()
         batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)
@@ -100,7 +96,7 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None) -> Ru
         if not steps.finite():
             raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
         history["seconds"].append(time.perf_counter() - started)
-        state = {"config": dataclasses.asdict(config), "images": images.fingerprint(), "versions": versions()}
+        state = {"config": dataclasses.asdict(config), "images": fingerprint, "versions": versions()}
         checkpoint.save(path, {**state, "steps": steps.state_dict(), "order": order.get_state(), "history": history})
         last_good = path
     return Run(config, images, untrained, model, history, device, last_good or path)
@@ -167,7 +163,7 @@ def stopped(what: str, epoch: int, step: int, last_good: Path | None, config: Tr
     if config.amp == "float16":
         hints.append("--amp bfloat16")
     kept = f"the last good checkpoint is {last_good}" if last_good else "no checkpoint was written yet"
-    return f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Try {', or '.join(hints)}."
+    return f"{what} in epoch {epoch + 1}, step {step + 1}; {kept}. Start again with {', or '.join(hints)}."
 
 
 def versions() -> dict[str, str]:

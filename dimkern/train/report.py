@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ SHOWN = 6
 def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -> list[Path]:
     """Write everything to `run.config.out`; the paths, report.json first."""
     out = Path(run.config.out)
-    epochs = len(run.history["seconds"])
     report = {
         "config": dataclasses.asdict(run.config),
         "versions": versions() | {"matplotlib": matplotlib.__version__, "numpy": np.__version__},
@@ -46,17 +46,13 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
         "train_images": len(run.images.train),
         "held_out_images": len(run.images.held_out),
         "timing": {"train_seconds": sum(run.history["seconds"]), "probe_seconds": probe_seconds},
-        "epochs": [
-            {"epoch": e + 1, "seconds": run.history["seconds"][e]}
-            | {key: float(np.mean(np.array_split(run.history[key], epochs)[e])) for key in ("loss", "mi")}
-            for e in range(epochs)
-        ],
-        "steps": {key: run.history[key] for key in ("loss", "mi")},
+        "epochs": {key: plain(epoch_means(run, key)) for key in ("loss", "mi", "seconds")},
+        "steps": {key: plain(run.history[key]) for key in ("loss", "mi")},
         "probes": table,
     }
     written = [out / "report.json"]
     partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=1, allow_nan=True) + "\n")
+    partial.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     os.replace(partial, written[0])
 
     figures = {"curves.png": draw_curves(run)}
@@ -68,6 +64,16 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
         figure.savefig(out / name, dpi=150)
         written.append(out / name)
     return written
+
+
+def epoch_means(run: Run, key: str) -> list[float]:
+    means: list[float] = np.reshape(run.history[key], (len(run.history["seconds"]), -1)).mean(axis=1).tolist()
+    return means
+
+
+def plain(values: list[float]) -> list[float | None]:
+    """JSON has no NaN: where an estimator gives no MI the report says null."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def title_of(run: Run) -> str:
@@ -86,8 +92,9 @@ def draw_curves(run: Run) -> Figure:
         if not np.isfinite(values).any():
             axes.text(0.5, 0.5, f"{run.config.estimator} estimates no MI", ha="center", transform=axes.transAxes)
         axes.plot(steps, values, color=UNTRAINED, linewidth=0.8, label="step")
-        means = [part.mean() for part in np.array_split(values, epochs)]
-        axes.plot(np.arange(epochs) + 0.5, means, "o-", color=TRAINED, markersize=3, label="mean of epoch")
+        axes.plot(
+            np.arange(epochs) + 0.5, epoch_means(run, key), "o-", color=TRAINED, markersize=3, label="mean of epoch"
+        )
         # The first steps can be far from all others: they may leave the picture, not flatten the rest.
         low, high = np.nanpercentile(values, [0.5, 99.5]) if np.isfinite(values).any() else (0, 1)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-6, high + 0.08 * (high - low) + 1e-6)
@@ -126,7 +133,7 @@ def draw_probes(table: dict[str, Any], run: Run) -> Figure:
 
 
 def draw_score_map(run: Run) -> Figure:
-    """Held-out images; the scores of each one's summary with its own locations and with another image's."""
+    """Held-out images; the scores (before --scale) of each one's summary with its own locations and another image's."""
     count = min(SHOWN, len(run.images.held_out))
     images = run.images.held_out[:count]
     with torch.no_grad():
