@@ -1,0 +1,54 @@
+# `make help` lists the targets. Everything runs in .venv, which `make setup` makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test lint format bench test-oldest clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready ## make .venv with dimkern and all it needs for development
+
+# torch first and pinned: a looser requirement, or an isolated build, would fetch a CUDA build of several GB
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup ## train Deep InfoMax on scikit-learn's digits, probe it and draw what it learnt (about a minute)
+	$(BIN)/dimkern train --data digits --objective local --estimator infonce --out runs/demo --overwrite
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: setup ## check formatting, style, types and the emitted sources
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python kernels/emit.py --check
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: setup ## mend what `make lint` can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+NATIVE := $(filter-out %/estimators.h,$(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh'))
+
+bench: setup ## benchmark every contender, draw the README's pictures
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/compare.py --grid readme --json benchmarks/results/cpu.json --plots docs/img
+
+# Not part of CI's every run: it downloads several GB.
+test-oldest: ## run the tests of the losses on the oldest torch that is supported
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet 'torch==2.10.0' numpy setuptools pytest hypothesis psutil
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv-oldest/bin/python -m pytest -q tests --ignore-glob='tests/test_train*' --ignore tests/test_emitted.py
+
+clean: ## remove what was built and run, and the environments
+	rm -rf .venv .venv-oldest build dist runs *.egg-info
