@@ -41,7 +41,7 @@ class Encoder(nn.Module):
             wider = width * 2 ** len(stages)
             stages.append(conv_block(channels, wider, kernel=4, stride=2))
             channels, side = wider, side // 2
-        self.local_channels, self.local_side = channels // 2, side * 2
+        self.local_channels = channels // 2
         self.conv_features = channels * side * side
         self.to_local = nn.Sequential(*stages[:-1])
         self.to_conv = stages[-1]

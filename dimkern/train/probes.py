@@ -76,7 +76,8 @@ def probe(
         knn.fit(train[rows], labels[rows])
         return float(linear.score(test, test_labels)), float(knn.score(test, test_labels))
 
-    with threadpool_limits(1):  # the products are small: on two busy cores, threads made them a hundred times slower
+    # Small products gain nothing from threads, and on two busy cores were a hundred times slower with them.
+    with threadpool_limits(1 if train.size < 2**21 else None):
         every = accuracies(np.arange(len(labels)))
         few = np.mean([accuracies(few_of_each(labels, draw)) for draw in range(DRAWS)], axis=0)
     return dict(zip(PROBES, (*every, *map(float, few)), strict=True))
