@@ -24,7 +24,7 @@ def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", size.upper())
         if not match or match[2] == "I":
             raise ValueError(f"{name} is {size!r}; accepted are bytes as an int or text such as '256MB' or '1GiB'")
-        size = int(float(match[1]) * _UNITS[match[2]])
+        size = round(float(match[1]) * _UNITS[match[2]])  # 1.13 * 1000 is less than 1130
     elif isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} is a {type(size).__name__}; accepted are bytes as an int or text such as '256MB'")
     if size <= 0:

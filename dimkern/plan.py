@@ -177,9 +177,9 @@ def make_plan(problem: Problem, budget: int) -> Plan:
     smallest = columns_outside(1, 1)
     if smallest.scratch > budget:
         raise ValueError(
-            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs at "
-            f"least {format_bytes(smallest.scratch)}: raise it with dimkern.config(memory_budget=...) or the "
-            "environment variable DIMKERN_MEMORY_BUDGET"
+            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs "
+            f"at least {format_bytes(_rounded_up(smallest.scratch))}: raise it with dimkern.config(memory_budget=...) "
+            "or the environment variable DIMKERN_MEMORY_BUDGET"
         )
 
     def tiled(make: Callable[[int, int], Plan], row_images: int) -> Plan:
@@ -230,10 +230,16 @@ def _tile_bytes(p: Problem, row_images: int, col_images: int) -> int:
     return tile + staging + products + row_statistics
 
 
+def _rounded_up(size: int) -> int:
+    """To the three digits that `format_bytes` shows, so that what it shows is enough."""
+    step = 10 ** max(0, len(str(size)) - 3)
+    return -(-size // step) * step
+
+
 def format_bytes(size: float) -> str:
     """Bytes as text in decimal units, as `memory_budget` reads them."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
