@@ -72,15 +72,16 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
     groups["output"].add_argument(
         "--resume", metavar="PATH", type=Path, help="go on from this checkpoint or run directory, with its settings"
     )
+    groups["output"].add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
 
     def run(arguments: argparse.Namespace) -> int:
         from dimkern import train
         from dimkern.train import checkpoint
 
-        given = {key: value for key, value in vars(arguments).items() if key not in ("run", "resume")}
+        given = {key: value for key, value in vars(arguments).items() if key not in ("run", "resume", "overwrite")}
         try:
             config = TrainConfig(**given) if arguments.resume is None else checkpoint.settings(arguments.resume, given)
-            train.run(config, arguments.resume)
+            train.run(config, arguments.resume, overwrite=arguments.overwrite)
         except SettingError as error:
             parser.error(f"{flag(error.setting)}: {error.why}")
         except ModuleNotFoundError as error:

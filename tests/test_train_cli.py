@@ -47,16 +47,16 @@ def test_bad_flags_are_named(flags, says, capsys):
 
 def test_flags_reach_the_settings(monkeypatch):
     got = []
-    monkeypatch.setattr(train, "run", lambda config, resume: got.append((config, resume)))
+    monkeypatch.setattr(train, "run", lambda config, resume, overwrite: got.append((config, resume, overwrite)))
     other = TrainConfig(epochs=3, lr=0.5, batch_size=7, estimator="jsd", data="folder:x", amp="bfloat16", out="there")
     flags = [
         text
         for field in dataclasses.fields(TrainConfig)
         for text in (cli.flag(field.name), str(getattr(other, field.name)))
     ]
-    assert cli.main(["train", *flags]) == 0
+    assert cli.main(["train", *flags, "--overwrite"]) == 0
     assert cli.main(["train"]) == 0
-    assert got == [(other, None), (TrainConfig(), None)]
+    assert got == [(other, None, True), (TrainConfig(), None, False)]
 
 
 def test_help_shows_every_setting_with_its_default(capsys):
@@ -80,7 +80,7 @@ def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys
 
 
 def test_a_stopped_run_says_so_without_a_traceback(monkeypatch, capsys):
-    def stop(config, resume):
+    def stop(config, resume, overwrite):
         raise TrainingStopped("the loss is nan in epoch 1")
 
     monkeypatch.setattr(train, "run", stop)

@@ -123,6 +123,7 @@ def test_split_is_a_fixed_stratified_partition():
     assert sorted(torch.cat([first.train, first.held_out]).flatten().tolist()) == list(range(90))
     assert torch.bincount(first.held_out_labels).tolist() == [8, 8, 8]
     assert torch.equal(first.held_out.flatten().long() % 3, first.held_out_labels)
+    assert len(set(first.held_out_labels[:6].tolist())) > 1  # the score maps show the first few: not of one class
 
 
 def test_fingerprint_sees_one_pixel():

@@ -12,6 +12,7 @@ import torch
 from dimkern.train import SettingError, TrainConfig, TrainingStopped, checkpoint, loop
 from dimkern.train.config import ESTIMATORS
 from dimkern.train.data import Images, load_digits
+from dimkern.train.objective import make_loss
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,13 @@ def test_every_estimator_lowers_its_loss(tmp_path, digits, estimator):
     assert len(history["loss"]) == 4 * (256 // 64)
 
 
+def test_scale_is_one_unless_the_loss_is_exponential_in_it():
+    scales = {name: make_loss(TrainConfig(estimator=name, units=64)).scale for name in ESTIMATORS}
+    assert {name for name, scale in scales.items() if scale == 1 / 8} == {"kl", "rkl", "h2"}
+    assert set(scales.values()) == {1, 1 / 8}
+    assert make_loss(TrainConfig(estimator="kl", scale=0.3)).scale == 0.3
+
+
 @pytest.mark.parametrize("settings", [{}, {"amp": "bfloat16"}, {"estimator": "dv", "objective": "global"}])
 def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
     straight = loop.train(small(tmp_path / "straight", epochs=4, **settings), digits)
@@ -59,7 +67,9 @@ def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
 
 
 def test_seed_decides_the_run(tmp_path, digits):
-    first, again, other = (weights(loop.train(small(tmp_path, epochs=1, seed=s), digits)) for s in (3, 3, 4))
+    first, again, other = (
+        weights(loop.train(small(tmp_path / str(i), epochs=1, seed=s), digits)) for i, s in enumerate((3, 3, 4))
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -85,6 +95,18 @@ def test_resume_refuses_other_images(tmp_path, digits):
 def test_resume_takes_unnamed_settings_from_the_checkpoint(tmp_path, digits):
     loop.train(small(tmp_path, epochs=1), digits)
     assert checkpoint.settings(tmp_path, {"epochs": 9}) == small(tmp_path, epochs=9)
+
+
+def test_another_run_is_replaced_only_when_asked(tmp_path, digits):
+    path = loop.train(small(tmp_path / "a", epochs=1), digits).checkpoint
+    loop.train(small(tmp_path / "b", epochs=1), digits)
+    kept = path.read_bytes()
+    for resume in (None, tmp_path / "b"):
+        with pytest.raises(SettingError, match=r"^out: .*holds a run.*--overwrite"):
+            loop.train(small(tmp_path / "a", epochs=2), digits, resume)
+    assert path.read_bytes() == kept
+    assert len(loop.train(small(tmp_path / "a", epochs=2), digits, path).history["seconds"]) == 2
+    assert len(loop.train(small(tmp_path / "a", epochs=1), digits, overwrite=True).history["seconds"]) == 1
 
 
 def test_checkpoint_is_safe_to_load_and_an_interrupted_write_keeps_the_last(tmp_path, digits, monkeypatch):
@@ -138,7 +160,9 @@ def test_a_weight_gone_bad_is_never_saved(tmp_path, digits, monkeypatch):
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path, digits):
-    full, half = (loop.train(small(tmp_path, epochs=1, amp=amp), digits).history["loss"] for amp in ("off", "bfloat16"))
+    full, half = (
+        loop.train(small(tmp_path / amp, epochs=1, amp=amp), digits).history["loss"] for amp in ("off", "bfloat16")
+    )
     assert full != half  # it was on
     assert half == pytest.approx(full, rel=0.05)
 

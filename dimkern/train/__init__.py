@@ -21,7 +21,7 @@ __all__ = ["SettingError", "TrainConfig", "TrainingStopped", "run"]
 NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL")
 
 
-def run(config: TrainConfig, resume: Path | None = None) -> list[Path]:
+def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = False) -> list[Path]:
     """Train, probe, plot; print the outcome. The paths written, `report.json` first.
 
     Raises:
@@ -37,7 +37,7 @@ def run(config: TrainConfig, resume: Path | None = None) -> list[Path]:
     images = data.load_images(config)
     shape, held_out = "x".join(map(str, images.train.shape[1:])), len(images.held_out)
     print(f"{images.name}: {len(images.train)} training and {held_out} held-out images of {shape}", flush=True)
-    done = loop.train(config, images, resume)
+    done = loop.train(config, images, resume, overwrite=overwrite)
     seconds = sum(done.history["seconds"])
     print(f"trained {len(done.history['seconds'])} epochs in {seconds:.1f} s on {done.device.type}", flush=True)
 

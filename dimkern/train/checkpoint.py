@@ -17,15 +17,23 @@ NAME = "checkpoint.pt"
 FORMAT = 1
 
 
-def place(out: Path) -> Path:
-    """Where the checkpoint of a run in `out` goes; makes the directory, so that a bad one is found before training."""
+def place(out: Path, source: Path | None, overwrite: bool) -> Path:
+    """Where the checkpoint of a run in `out` goes; makes the directory, so that a bad one is found before training.
+
+    Another run's checkpoint (not `source`, the one resumed) is in the way, and removed only if `overwrite` says so.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
     if not os.access(out, os.W_OK):
         raise SettingError("out", f"cannot write to {out}")
-    return out / NAME
+    path = out / NAME
+    if path.exists() and (source is None or not path.samefile(source)):
+        if not overwrite:
+            raise SettingError("out", f"{out} holds a run; --resume {out} goes on with it, --overwrite replaces it")
+        path.unlink()
+    return path
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -43,12 +43,13 @@ class Run:
     checkpoint: Path
 
 
-def train(config: TrainConfig, images: Images, resume: Path | None = None) -> Run:
+def train(config: TrainConfig, images: Images, resume: Path | None = None, *, overwrite: bool = False) -> Run:
     """Train as `config` says, writing a checkpoint to `config.out` after every epoch.
 
     Args:
         resume: a checkpoint, or the directory of a run, to go on from. On a CPU the result is, to the last bit, that
             of a run never interrupted (same build and --threads); CUDA may add in another order from run to run.
+        overwrite: `config.out` may hold another run, which is replaced.
 
     Raises:
         SettingError: settings that fit neither the data nor the device, or not the run resumed.
@@ -82,7 +83,7 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None) -> Ru
         order.set_state(saved["order"])
         history = saved["history"]
 
-    path = checkpoint.place(Path(config.out))
+    path = checkpoint.place(Path(config.out), last_good, overwrite)
     for epoch in range(len(history["seconds"]), config.epochs):
         started = time.perf_counter()
         batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)

@@ -31,6 +31,7 @@ TITLES = {
 }
 UNTRAINED, TRAINED, RAW = "#b9c4cf", "#1f6f8b", "#c0562f"
 WAYS = ("untrained", "trained")
+PLOTS = ("curves.png", "probes.png", "score_map.png")
 SHOWN = 6
 
 
@@ -60,6 +61,8 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
         figures["probes.png"] = draw_probes(table, run)
     if run.config.objective == "local":
         figures["score_map.png"] = draw_score_map(run)
+    for name in PLOTS:
+        (out / name).unlink(missing_ok=True)  # another run's, which this one may not draw
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)
         written.append(out / name)
@@ -90,7 +93,7 @@ def draw_curves(run: Run) -> Figure:
         values = np.array(run.history[key])
         steps = np.arange(1, len(values) + 1) * epochs / len(values)
         if not np.isfinite(values).any():
-            axes.text(0.5, 0.5, f"{run.config.estimator} estimates no MI", ha="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, f"{run.config.estimator} gave no estimate", ha="center", transform=axes.transAxes)
         axes.plot(steps, values, color=UNTRAINED, linewidth=0.8, label="step")
         axes.plot(
             np.arange(epochs) + 0.5, epoch_means(run, key), "o-", color=TRAINED, markersize=3, label="mean of epoch"
@@ -98,7 +101,7 @@ def draw_curves(run: Run) -> Figure:
         # The first steps can be far from all others: they may leave the picture, not flatten the rest.
         low, high = np.nanpercentile(values, [0.5, 99.5]) if np.isfinite(values).any() else (0, 1)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-6, high + 0.08 * (high - low) + 1e-6)
-        axes.set(title=title, xlabel="epoch", ylabel="nats", xlim=(0, epochs))
+        axes.set(title=title, xlabel="epoch", ylabel="nats" if key == "mi" else "", xlim=(0, epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     axes.legend(frameon=False, loc="lower right")
