@@ -150,6 +150,8 @@ def _mean_loss_context(ctx, inputs, output):
 def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_h):
     if d_grad_c is not None or d_grad_h is not None:
         raise RuntimeError(_SECOND_DERIVATIVE)
+    if d_loss is None:  # a later function that gives no gradient
+        return (None,) * 8
     g, scale, grad_c, grad_h = ctx.saved_tensors
     # float32 until the upstream factor is in: a float16 gradient would underflow before a loss scale reaches it
     return *_by_inputs(ctx, grad_c * d_loss, grad_h * d_loss, ctx.c_dtype, g, scale), *[None] * 5
