@@ -1,0 +1,302 @@
+"""The ops under PyTorch's machinery: opcheck, compile, autocast, repeated and threaded backward, modules, config."""
+
+import concurrent.futures
+import contextlib
+import contextvars
+import io
+import shutil
+import threading
+
+import pytest
+import torch
+from oracle import BF16, DTYPES, F16, F32, F64, Case, assert_within_budget, least_budget, loss_of, ours, reductions
+from torch import nn
+
+import dimkern
+from dimkern import ops
+from dimkern.config import memory_budget
+from dimkern.estimators import REGISTRY
+from dimkern.plan import format_bytes
+
+CPU = torch.device("cpu")
+LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in reductions(estimator)]
+ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
+
+
+def _arguments(dtype, requires_grad=True, m_dtype=None):
+    """c (N, L, K), g (N, P, K), scale as the ops take them."""
+    c = torch.randn(4, 3, 5, dtype=F64).to(dtype).requires_grad_(requires_grad)
+    g = torch.randn(4, 2, 5, dtype=F64).to(m_dtype or dtype).requires_grad_(requires_grad)
+    scale = torch.tensor(0.6, dtype=F64 if dtype == F64 else F32, requires_grad=requires_grad)
+    return c, g, scale
+
+
+REFUSED_BY_OPCHECK = pytest.mark.xfail(
+    strict=True, reason="opcheck differentiates every output: mean_loss's gradients are outputs, and refuse"
+)
+OPCHECK = {
+    "mean_loss": lambda c, g, scale, name, grad: (c, g, scale, name, 1e-4, 3.0, grad, grad),
+    "scores": lambda c, g, scale, name, grad: (c, g, scale, name, 1e-4, None),
+    "scores_backward": lambda c, g, scale, name, grad: (
+        *(x.detach() for x in (c, g, scale)),
+        *(x.detach() for x in ops.scores(c, g, scale, name, 1e-4, None)[1:2]),
+        torch.randn(4, 2, 3, dtype=scale.dtype),
+        torch.randn(4, 2, dtype=scale.dtype),
+        torch.tensor(10**6),
+        name,
+        None,
+        True,
+        grad,
+    ),
+}
+
+
+OPS = [
+    pytest.param(op, grad, marks=[REFUSED_BY_OPCHECK] if op == "mean_loss" and grad else [])
+    for op in OPCHECK
+    for grad in (True, False)
+]
+
+
+@pytest.mark.parametrize(("op", "grad"), OPS)
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(op, estimator, grad, dtype):
+    arguments = OPCHECK[op](*_arguments(dtype, grad), estimator, grad)
+    torch.library.opcheck(getattr(torch.ops.dimkern, op).default, arguments)
+
+
+def test_opcheck_mixed_dtypes_and_strides():
+    c, g, scale = _arguments(BF16, m_dtype=F64)
+    c = c.detach().mT.contiguous().mT.requires_grad_()
+    torch.library.opcheck(ops.scores, (c, g, scale, "infonce", 0.0, None))
+
+
+@pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
+def test_compile(estimator, reduction):
+    """One graph, forward and backward, sizes static or dynamic: what eager gives, to the last bit."""
+    torch._dynamo.reset()
+
+    def run(l, m, scale):
+        return loss_of(estimator, l, m, scale=scale.exp(), clip=3.0, reduction=reduction, return_parts=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    dynamic = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N, L in ((4, 6), (7, 4)):
+        leaves = Case(N=N, L=L, P=2).tensors()
+        expected = run(*leaves)
+        upstream = torch.randn_like(expected.loss)
+        gradients = torch.autograd.grad(expected.loss, leaves, upstream)
+        for form in (compiled, dynamic):
+            got = form(*leaves)
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(torch.autograd.grad(got.loss, leaves, upstream), gradients, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_compile_with_inductor():
+    torch._dynamo.reset()
+    leaves = Case(P=2, l_dtype=BF16).tensors()
+
+    def run(l, m, scale):
+        none = dimkern.infonce_loss(2 * l, m, scale=scale, reduction="none")
+        return none.square().mean() + dimkern.fenchel_dual_loss(l, m.tanh(), scale=scale)
+
+    expected, got = run(*leaves), torch.compile(run, fullgraph=True)(*leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for ours_, theirs in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4 if ours_.dtype == F32 else 0.02, atol=1e-5)
+
+
+@pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
+def test_autocast_rounds_nothing(estimator, reduction):
+    """Under autocast the scores are not rounded, nor in a backward within it: equal to the last bit."""
+    for dtype in (F32, BF16, F16, F64):
+        case = Case(P=2, l_dtype=dtype, m_dtype=dtype, reduction=reduction)
+        outside = ours(estimator, case)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = ours(estimator, case)
+            l, m, scale = case.tensors()
+            reference = loss_of(estimator, l, m, scale=scale, reduction=reduction, backend="reference")
+        torch.testing.assert_close(reference.detach(), outside.loss, rtol=1e-5, atol=1e-5)
+        assert_within_budget(estimator, case, inside)
+        torch.testing.assert_close((inside.loss, inside.grads), (outside.loss, outside.grads), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
+def test_a_second_derivative_is_refused(estimator, reduction):
+    """Whichever first gradient is differentiated again, by whichever input: an error, never a wrong number."""
+    for first in range(3):
+        for second in range(3):
+            leaves = Case(N=3, P=2).tensors()
+            loss = loss_of(estimator, *leaves[:2], scale=leaves[2], reduction=reduction).square().sum()
+            (gradient,) = torch.autograd.grad(loss, leaves[first], create_graph=True)
+            with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*backend='reference'"):
+                torch.autograd.grad(gradient.square().sum(), leaves[second])
+
+
+def test_the_reference_backend_has_second_derivatives():
+    leaves = Case(N=3, L=2, K=3, l_dtype=F64, m_dtype=F64).tensors()
+    for estimator in REGISTRY:
+        assert torch.autograd.gradgradcheck(
+            lambda l, m, s, e=estimator: loss_of(e, l, m, scale=s, backend="reference"), leaves
+        )
+
+
+@pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
+def test_backward_twice(estimator, reduction):
+    """A retained graph gives the same gradients again, and accumulates them."""
+    leaves = Case(P=2).tensors()
+    loss = loss_of(estimator, *leaves[:2], scale=leaves[2], reduction=reduction)
+    upstream = torch.randn_like(loss)
+    once = [x.clone() for x in torch.autograd.grad(loss, leaves, upstream, retain_graph=True)]
+    twice = torch.autograd.grad(loss, leaves, 2 * upstream, retain_graph=True)
+    torch.testing.assert_close([2 * x for x in once], list(twice), rtol=1e-6, atol=0)
+    for _ in range(3):
+        loss.backward(upstream, retain_graph=True)
+    torch.testing.assert_close([x.grad for x in leaves], [3 * x for x in once], rtol=1e-6, atol=1e-9)
+
+
+def test_a_leaf_used_twice():
+    """The same tensor as l and m, and two losses of one input, add up."""
+    x = torch.randn(5, 4, 1, dtype=F64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: dimkern.infonce_loss(x, x) * dimkern.fenchel_dual_loss(x, x[..., 0]), x)
+    torch.autograd.gradcheck(lambda x: dimkern.infonce_loss(x, x, reduction="none"), x)
+
+
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+def test_backward_on_another_thread_keeps_the_forwards_budget(estimator, monkeypatch):
+    reduction = reductions(estimator)[-1]
+    case = Case(N=9, P=2, reduction=reduction)
+    expected = ours(estimator, case)
+    budgets, make_plan = [], ops.make_plan
+    monkeypatch.setattr(ops, "make_plan", lambda p, budget: budgets.append(budget) or make_plan(p, budget))
+    budget = least_budget(case.problem(estimator)) + 100
+    leaves = case.tensors()
+    with dimkern.config(memory_budget=budget):
+        loss = loss_of(estimator, *leaves[:2], scale=leaves[2], reduction=reduction)
+    upstream = torch.randn_like(loss)
+    thread = threading.Thread(target=loss.backward, args=(upstream,))
+    thread.start()
+    thread.join()
+    assert set(budgets) == {budget}
+    assert len(budgets) == (1 if reduction == "mean" else 2)
+    with dimkern.config(memory_budget="1GB"):
+        again = case.tensors()
+        torch.autograd.backward(loss_of(estimator, *again[:2], scale=again[2], reduction=reduction), upstream)
+    torch.testing.assert_close([x.grad for x in leaves], [x.grad for x in again], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.detach(), expected.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_many_threads_at_once():
+    """Losses share no scratch: threads with different budgets give what one thread gives."""
+    cases = [Case(N=9, P=2, seed=seed, budget=0.3 * (seed % 4)) for seed in range(24)]
+    runs = [(estimator, case) for case in cases for estimator in ONE_OF_EACH_FAMILY]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda run: ours(*run), runs))
+    for (estimator, case), one in zip(runs, got, strict=True):
+        alone = ours(estimator, case)
+        torch.testing.assert_close((one.loss, one.grads), (alone.loss, alone.grads), rtol=1e-6, atol=1e-7)
+
+
+MODULES = {
+    "infonce": dimkern.InfoNCELoss,
+    "dv": dimkern.DonskerVaradhanLoss,
+    **{
+        name: lambda name=name, **keywords: dimkern.FenchelDualLoss(name.upper(), **keywords)
+        for name, row in REGISTRY.items()
+        if row.family == "pointwise"
+    },
+}
+
+
+@pytest.mark.parametrize("estimator", REGISTRY)
+def test_modules(estimator):
+    """A module computes its function; a Parameter scale is trained, saved and restored."""
+    l, m, _ = Case(P=2).tensors()
+    scale = nn.Parameter(torch.tensor(0.4))
+    module = MODULES[estimator](scale=scale, clip=2.0)
+    torch.testing.assert_close(module(l, m), loss_of(estimator, l, m, scale=scale, clip=2.0), rtol=0, atol=0)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    before = module(l, m)
+    before.backward()
+    (expected,) = torch.autograd.grad(loss_of(estimator, l, m, scale=scale, clip=2.0, backend="reference"), scale)
+    torch.testing.assert_close(scale.grad, expected, rtol=1e-5, atol=1e-6)
+    optimiser.step()
+    assert module(l, m) < before
+
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    restored = MODULES[estimator](scale=nn.Parameter(torch.tensor(9.0)), clip=2.0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(restored(l, m), module(l, m), rtol=0, atol=0)
+
+
+def test_modules_pass_on_every_keyword():
+    l, m, _ = Case(P=2).tensors()
+    buffer = dimkern.InfoNCELoss(scale=torch.tensor(0.4), self_mask="exclude", reduction="none", return_parts=True)
+    assert dict(buffer.named_buffers()).keys() == {"scale"}
+    expected = dimkern.infonce_loss(l, m, scale=0.4, self_mask="exclude", reduction="none", return_parts=True)
+    torch.testing.assert_close(buffer(l, m), expected)
+    torch.testing.assert_close(buffer.double()(l, m), expected)
+    for module in (dimkern.InfoNCELoss(), dimkern.FenchelDualLoss("KL"), dimkern.DonskerVaradhanLoss()):
+        assert not module.state_dict()
+        with pytest.raises(ValueError, match="backend is 'cuda'"):
+            type(module)(backend="cuda")(l, m)
+
+
+def test_the_budget_belongs_to_its_context(monkeypatch):
+    """Innermost wins, an exception restores, other threads do not see it; then the environment; then 256 MB."""
+    monkeypatch.delenv("DIMKERN_MEMORY_BUDGET", raising=False)
+    assert memory_budget(CPU) == 256 * 10**6
+    elsewhere = contextvars.copy_context()
+    with dimkern.config(memory_budget="1MiB"):
+        with contextlib.suppress(KeyError), dimkern.config(memory_budget=5000):
+            assert memory_budget(CPU) == 5000
+            raise KeyError
+        assert memory_budget(CPU) == 2**20
+        assert elsewhere.run(memory_budget, CPU) == 256 * 10**6
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert pool.submit(memory_budget, CPU).result() == 256 * 10**6
+        monkeypatch.setenv("DIMKERN_MEMORY_BUDGET", "2kB")
+        assert memory_budget(CPU) == 2**20
+    assert memory_budget(CPU) == 2000
+    with pytest.raises(ValueError, match="memory_budget is 2 kB"):
+        dimkern.infonce_loss(torch.ones(8, 40, 20), torch.ones(8, 40))
+
+
+def test_explain():
+    """The text tells what will run: backend, why no other, order, blocks, products and peak, as the plan has them."""
+    case = Case(N=40, P=2, L=9, K=6)
+    l, m, _ = case.tensors()
+    for estimator, budget in (("infonce", "256MB"), ("infonce", "33kB"), ("JSD", "33kB"), ("dv", "256MB")):
+        with dimkern.config(memory_budget=budget):
+            text = dimkern.explain(l, m, loss=estimator)
+            plan = ops.make_plan(case.problem(estimator.lower()), memory_budget(CPU))
+        rows, cols = len(list(plan.row_blocks())), len(list(plan.col_blocks()))
+        for word in (
+            "backend: streaming",
+            *(f"not {name}: " for name in ("cpu", "triton", "cuda")),
+            f"order: {plan.order}",
+            f"{rows} of {plan.row_images * 2} rows x {cols} of {plan.col_images * 9} columns",
+            f"{plan.gemms} matrix products",
+            "gradients: l, m",
+            "N=40",
+            "K=6",
+            f"pairs: {80 * 360:,}",
+            f"gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
+        ):
+            assert word in text, f"{word!r} is not in\n{text}"
+    assert "backend: reference" in dimkern.explain(l, m, backend="reference")
+    assert "gradients: none" in dimkern.explain(l.detach(), m.detach())
+    assert "copied block by block" in dimkern.explain(l, m)
+    assert "read in place" in dimkern.explain(l.mT.contiguous().mT, m)
+
+
+def test_doctor():
+    text = dimkern.doctor()
+    for word in (f"dimkern {dimkern.__version__}", f"torch {torch.__version__}", "256 MB", "streaming: available"):
+        assert word in text
+    for name in dimkern.BACKENDS:
+        assert f"{name}: " in text
