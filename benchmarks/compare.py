@@ -1,0 +1,278 @@
+"""The comparison of dimkern with its peers: a table in the terminal, JSON, pictures.
+
+Every contender's loss and gradients are first compared with float64; one that is wrong is shown as WRONG and gets no
+time, ours included (the exit status is then 1). Times are medians of interleaved rounds; a first call, and with it any
+compilation, is excluded. The floor is the three matrix products alone, in the same run on the same tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dimkern
+
+from . import oracle
+from .cases import DTYPES, ESTIMATORS, GRIDS, Case
+from .contenders import Contender, chosen, contenders
+from .measure import Memory, interleaved, once
+
+_MEMORY_SHARE = 0.7  # of what is free: a contender expected to need more is not tried
+
+Row = dict[str, Any]
+
+
+def run(
+    grid: Iterable[Case], estimators: list[str], dtypes: list[str], threads: int, rounds: int, patience: float,
+    only: list[str] | None, memory: bool,
+) -> list[Row]:  # fmt: skip
+    """One row for each case, dtype, estimator and contender."""
+    torch.set_num_threads(threads)
+    field = [c for c in contenders() if only is None or c.name == "floor" or any(c.name.startswith(o) for o in only)]
+    problems = [(case, dtype, estimator) for estimator in estimators for dtype in dtypes for case in grid]
+    gauge = Memory() if memory else None
+    pace: dict[tuple[str, str, str], tuple[float, int]] = {}  # seconds a call took, and the scratch it used
+    rows: list[Row] = []
+    with tqdm(total=len(problems), unit="shape") as bar:
+        for case, dtype, estimator in problems:
+            bar.set_description(f"{estimator} {dtype} {case.name}")
+            rows += _run_case(field, case, dtype, estimator, threads, rounds, patience, gauge, pace, bar)
+            bar.update()
+    return rows
+
+
+def _run_case(
+    field: list[Contender], case: Case, dtype: str, estimator: str, threads: int, rounds: int, patience: float,
+    gauge: Memory | None, pace: dict[tuple[str, str, str], tuple[float, int]], bar: tqdm,
+) -> list[Row]:  # fmt: skip
+    l, m = case.inputs(DTYPES[dtype])
+    true = oracle.truth(estimator, l, m)
+    eager = None
+    rows, ready = [], {}
+    # closed-form eager passes the gate first, as its errors are the others' yardstick
+    for contender in sorted(field, key=lambda c: c.name != "eager"):
+        row: Row = {"case": asdict(case), "dtype": dtype, "estimator": estimator, "contender": contender.name}
+        rows.append(row)
+        bar.set_postfix_str(f"checking {contender.name}")
+        row["reason"] = contender.reason(estimator, case, DTYPES[dtype]) or _too_much(
+            contender, case, pace.get((contender.name, dtype, estimator)), patience
+        )
+        if row["reason"] is not None:
+            row["status"] = "skipped"
+            continue
+        try:
+            steps = contender.steps(estimator, l, m)
+            start = time.perf_counter()
+            outputs = steps.both()
+            first = time.perf_counter() - start
+            first_forward = once(steps.forward)
+            foreseen = once(steps.both) if first < patience / 2 or contender.compiled else first
+        except Exception as error:  # a contender's failure is a result, not ours to hide or to stop for
+            row.update(status="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            continue
+        if contender.name != "floor":
+            errors = oracle.errors(true, *outputs)
+            eager = errors if contender.name == "eager" else eager
+            budget = oracle.budget(DTYPES[dtype], eager)
+            row.update(errors=errors._asdict(), error_budget=budget)
+            if not errors.within(budget):
+                row.update(status="WRONG", reason=f"error {max(errors):.2g}, allowed {budget:.2g}")
+                continue
+        del outputs
+        pace[contender.name, dtype, estimator] = foreseen, contender.scratch(case)
+        if contender.compiled:
+            row["compile_seconds"] = first + first_forward
+        row["status"] = "ok"
+        ready[contender.name] = steps, foreseen, row
+    del true
+
+    ready = {c.name: ready[c.name] for c in field if c.name in ready}
+    foreseen = {name: seconds for name, (_, seconds, _) in ready.items()}
+    bar.set_postfix_str("timing")
+    for pass_ in ("both", "forward"):
+        calls = {name: getattr(steps, pass_) for name, (steps, _, _) in ready.items()}
+        for name, samples in interleaved(calls, foreseen, rounds, patience).items():
+            ready[name][2][pass_] = {"seconds": median(samples), "samples": samples}
+    for name, (_, _, row) in ready.items():
+        for pass_ in ("both", "forward"):
+            if "floor" in ready:
+                row[pass_]["ratio"] = row[pass_]["seconds"] / ready["floor"][2][pass_]["seconds"]
+        if gauge is not None:
+            bar.set_postfix_str(f"memory of {name}")
+            row["peak_bytes"] = gauge.peak(name, estimator, case, dtype, threads)
+    return sorted(rows, key=lambda row: [c.name for c in field].index(row["contender"]))
+
+
+def _too_much(contender: Contender, case: Case, pace: tuple[float, int] | None, patience: float) -> str | None:
+    """Why the contender is not tried: memory it would not get, or a call longer than anyone would wait for."""
+    scratch = contender.scratch(case)
+    if scratch > _MEMORY_SHARE * _free_memory():
+        return f"needs about {scratch / 1e9:.0f} GB"
+    if pace is not None and pace[1] and pace[0] * scratch / pace[1] > patience:
+        return f"about {pace[0] * scratch / pace[1]:.0f} s a call (--patience {patience:g})"
+    return None
+
+
+def _free_memory() -> float:
+    try:
+        import psutil
+    except ImportError:
+        return math.inf
+    return psutil.virtual_memory().available
+
+
+def tables(rows: list[Row]) -> str:
+    """For each estimator and dtype: both passes, the forward alone, memory; then what was left out and why."""
+    text = []
+    groups = dict.fromkeys((row["estimator"], row["dtype"]) for row in rows)
+    for estimator, dtype in groups:
+        group = [row for row in rows if (row["estimator"], row["dtype"]) == (estimator, dtype)]
+        for pass_, title in (("both", "forward + backward"), ("forward", "forward")):
+            text.append(f"\n{estimator}, {dtype}, {title}: ms (× the floor's)\n{_times(group, pass_)}")
+        if any("peak_bytes" in row for row in group):
+            text.append(
+                f"\n{estimator}, {dtype}, peak memory of forward + backward beyond inputs and gradients: MB\n"
+                + _table(group, lambda row: "?" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}")
+            )
+    seconds = [row["compile_seconds"] for row in rows if "compile_seconds" in row]
+    if seconds:
+        text.append(f"\ntorch.compile took {median(seconds):.1f} s a shape (median, both passes), not counted above.")
+    notes: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            notes.setdefault((row["contender"], row["status"], row["reason"]), []).append(_name(row))
+    problems = len(rows) / len({row["contender"] for row in rows})
+    for (contender, status, reason), names in notes.items():
+        where = "everywhere" if len(names) == problems else " ".join(dict.fromkeys(names))
+        text.append(f"{contender} {status}: {reason} [{where}]")
+    return "\n".join(text)
+
+
+def _times(group: list[Row], pass_: str) -> str:
+    def cell(row: Row) -> str:
+        return f"{row[pass_]['seconds'] * 1e3:.4g} ({row[pass_]['ratio']:.2f})"
+
+    def summary(title: str, of: Any) -> list[str]:
+        line = [title]
+        for name in _columns(group):
+            ratios = [r[pass_]["ratio"] for r in group if r["contender"] == name and r["status"] == "ok"]
+            line.append(f"({of(ratios):.2f})" if ratios else "")
+        return line
+
+    return _table(group, cell, [summary("geometric mean", geometric_mean), summary("worst", max)])
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _columns(group: list[Row]) -> list[str]:
+    """Contenders that have a number somewhere, or ought to."""
+    return list(dict.fromkeys(row["contender"] for row in group if row["status"] != "skipped"))
+
+
+def _table(group: list[Row], cell: Any, summaries: list[list[str]] | None = None) -> str:
+    columns = _columns(group)
+    lines = [["(N,L,K)", *columns]]
+    for case in dict.fromkeys(_name(row) for row in group):
+        by_contender = {row["contender"]: row for row in group if _name(row) == case}
+        line = [case]
+        for name in columns:
+            row = by_contender[name]
+            line.append({"ok": cell, "skipped": lambda _: "–"}.get(row["status"], lambda r: r["status"])(row))
+        lines.append(line)
+    lines += summaries or []
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in lines)
+
+
+def _name(row: Row) -> str:
+    return Case(**row["case"]).name
+
+
+def about(threads: int, rounds: int, grid: str) -> Row:
+    """What the numbers were made with."""
+    return {
+        "grid": grid,
+        "threads": threads,
+        "rounds": rounds,
+        "ours": chosen(),
+        "dimkern": dimkern.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--grid", choices=GRIDS, default="quick", help="the shapes (default: %(default)s)")
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=["infonce"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default: both; float32 for the readme grid")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved; medians count (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, by the start of their names")
+    parser.add_argument(
+        "--patience", type=float, default=10.0, metavar="S",
+        help="seconds a contender may take for its rounds of a shape; slower ones get fewer rounds, and shapes "
+        "where one call is foreseen to take longer are skipped (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples, errors and versions")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the README's pictures of this run")
+    args = parser.parse_args(argv)
+
+    # an empty cache makes compile times those of a first run; the compiler's workers would outlive the timing
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
+        dtypes = args.dtypes or (["float32"] if args.grid == "readme" else list(DTYPES))
+        start = time.perf_counter()
+        rows = run(
+            GRIDS[args.grid], args.estimators, dtypes, args.threads, args.rounds, args.patience, args.only,
+            not args.no_memory,
+        )  # fmt: skip
+    result = {"about": about(args.threads, args.rounds, args.grid), "rows": rows}
+    print(" · ".join(f"{key} {value}" for key, value in result["about"].items()))
+    print(tables(rows))
+    print(f"\n{time.perf_counter() - start:.0f} s")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plots:
+        from .plot import draw
+
+        for path in draw(result, args.plots):
+            print(path)
+    return any(row["contender"].startswith("dimkern") and row["status"] in ("WRONG", "failed") for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
