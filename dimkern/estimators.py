@@ -50,11 +50,26 @@ class Term:
     def __init__(self, text: str) -> None:
         self._tree = ast.parse(text, mode="eval").body
         self.in_place = sum(isinstance(n, ast.Name) and n.id == "s" for n in ast.walk(self._tree)) <= 1
-        for node in ast.walk(self._tree):
-            if isinstance(node, ast.BinOp) and not (
-                isinstance(node.left, ast.Name) or isinstance(node.right, ast.Name)
-            ):
-                raise ValueError(f"estimator term {text!r}: an operator has two compound sides")
+        self._check(self._tree, text)
+
+    def _check(self, node: ast.expr, text: str) -> bool:
+        """Whether a subterm is a tensor, not a constant; what the three languages do not share is refused."""
+        match node:
+            case ast.Name(id="s" | "ref"):
+                return True
+            case ast.Name(id=name) if name in CONSTANTS:
+                return False
+            case ast.UnaryOp(op=ast.USub(), operand=argument) if self._check(argument, text):
+                return True
+            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
+                if self._check(argument, text):
+                    return True
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                if not (isinstance(left, ast.Name) or isinstance(right, ast.Name)):
+                    raise ValueError(f"estimator term {text!r}: {ast.unparse(node)!r} has two compound sides")
+                if self._check(left, text) | self._check(right, text):
+                    return True
+        raise ValueError(f"estimator term {text!r} may not contain {ast.unparse(node)!r}")
 
     def __call__(self, s: Tensor, ref: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         result = self._evaluate(self._tree, {**CONSTANTS, "s": s, "ref": ref}, out)

@@ -232,7 +232,7 @@ def _tile_bytes(p: Problem, row_images: int, col_images: int) -> int:
 
 def _rounded_up(size: int) -> int:
     """To the three digits that `format_bytes` shows, so that what it shows is enough."""
-    step = 10 ** max(0, len(str(size)) - 3)
+    step = int(10 ** max(0, len(str(size)) - 3))
     return -(-size // step) * step
 
 
