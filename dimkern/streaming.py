@@ -170,5 +170,5 @@ def _gain(ref: Tensor, sums: Tensor, to: Tensor | None) -> Tensor:
 
 
 def _finite(reference: Tensor) -> Tensor:
-    """Any finite reference serves an empty (-inf) or overflown (+inf) row; inf - inf would make NaN of the score."""
-    return torch.where(reference.isinf(), 0.0, reference)
+    """Any finite reference serves an empty (-inf) row; an overflown one (+inf) has weights e^(s - inf): 0, or NaN."""
+    return torch.where(reference == -torch.inf, 0.0, reference)
