@@ -29,7 +29,8 @@ class TorchTiles:
         p = plan.problem
         self._p, self._row, self._clip = p, p.row, p.clip
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
-        self._g = (g.to(p.score_dtype) * scale.to(p.score_dtype)).contiguous()  # (N, P, K)
+        scaled = torch.empty(p.N, p.P, p.K, dtype=p.score_dtype, device=p.device)
+        self._g = scaled.copy_(g).mul_(scale.to(p.score_dtype))  # (N, P, K), one buffer whatever g's layout
         self._plan = plan
         self._buffers: dict[str, Tensor] = {}
         self._staged: slice | None = None  # the images in the staging buffer
