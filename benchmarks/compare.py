@@ -15,20 +15,21 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dimkern
 
 from . import oracle
 from .cases import DTYPES, ESTIMATORS, GRIDS, Case
-from .contenders import Contender, chosen, contenders
+from .contenders import Contender, Steps, chosen, contenders
 from .measure import Memory, interleaved, once
 
 _MEMORY_SHARE = 0.7  # of what is free: a contender expected to need more is not tried
@@ -36,95 +37,128 @@ _MEMORY_SHARE = 0.7  # of what is free: a contender expected to need more is not
 Row = dict[str, Any]
 
 
-def run(
-    grid: Iterable[Case], estimators: list[str], dtypes: list[str], threads: int, rounds: int, patience: float,
-    only: list[str] | None, memory: bool,
-) -> list[Row]:  # fmt: skip
-    """One row for each case, dtype, estimator and contender."""
-    torch.set_num_threads(threads)
-    field = [c for c in contenders() if only is None or c.name == "floor" or any(c.name.startswith(o) for o in only)]
-    problems = [(case, dtype, estimator) for estimator in estimators for dtype in dtypes for case in grid]
-    gauge = Memory() if memory else None
-    pace: dict[tuple[str, str, str], tuple[float, int]] = {}  # seconds a call took, and the scratch it used
-    rows: list[Row] = []
-    with tqdm(total=len(problems), unit="shape") as bar:
-        for case, dtype, estimator in problems:
-            bar.set_description(f"{estimator} {dtype} {case.name}")
-            rows += _run_case(field, case, dtype, estimator, threads, rounds, patience, gauge, pace, bar)
-            bar.update()
-    return rows
+@dataclass
+class Session:
+    """One run: who takes part, and how patiently they are timed."""
 
+    field: list[Contender]
+    threads: int
+    rounds: int
+    patience: float
+    memory: Memory | None
+    # seconds a call took at the last shape and the scratch it used there, by contender, dtype and estimator
+    pace: dict[tuple[str, str, str], tuple[float, int]] = field(default_factory=dict)
 
-def _run_case(
-    field: list[Contender], case: Case, dtype: str, estimator: str, threads: int, rounds: int, patience: float,
-    gauge: Memory | None, pace: dict[tuple[str, str, str], tuple[float, int]], bar: tqdm,
-) -> list[Row]:  # fmt: skip
-    l, m = case.inputs(DTYPES[dtype])
-    true = oracle.truth(estimator, l, m)
-    eager = None
-    rows, ready = [], {}
-    # closed-form eager passes the gate first, as its errors are the others' yardstick
-    for contender in sorted(field, key=lambda c: c.name != "eager"):
-        row: Row = {"case": asdict(case), "dtype": dtype, "estimator": estimator, "contender": contender.name}
-        rows.append(row)
-        bar.set_postfix_str(f"checking {contender.name}")
-        row["reason"] = contender.reason(estimator, case, DTYPES[dtype]) or _too_much(
-            contender, case, pace.get((contender.name, dtype, estimator)), patience
-        )
-        if row["reason"] is not None:
-            row["status"] = "skipped"
-            continue
-        try:
-            steps = contender.steps(estimator, l, m)
-            start = time.perf_counter()
-            outputs = steps.both()
-            first = time.perf_counter() - start
-            first_forward = once(steps.forward)
-            foreseen = once(steps.both) if first < patience / 2 or contender.compiled else first
-        except Exception as error:  # a contender's failure is a result, not ours to hide or to stop for
-            row.update(status="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            continue
-        if contender.name != "floor":
-            errors = oracle.errors(true, *outputs)
-            eager = errors if contender.name == "eager" else eager
-            budget = oracle.budget(DTYPES[dtype], eager)
-            row.update(errors=errors._asdict(), error_budget=budget)
-            if not errors.within(budget):
-                row.update(status="WRONG", reason=f"error {max(errors):.2g}, allowed {budget:.2g}")
-                continue
-        del outputs
-        pace[contender.name, dtype, estimator] = foreseen, contender.scratch(case)
-        if contender.compiled:
-            row["compile_seconds"] = first + first_forward
-        row["status"] = "ok"
-        ready[contender.name] = steps, foreseen, row
-    del true
+    def run(self, grid: Sequence[Case], estimators: list[str], dtypes: list[str]) -> list[Row]:
+        """One row for each case, dtype, estimator and contender."""
+        torch.set_num_threads(self.threads)
+        problems = [(case, dtype, estimator) for estimator in estimators for dtype in dtypes for case in grid]
+        rows: list[Row] = []
+        with tqdm(total=len(problems), unit="shape") as bar:
+            for case, dtype, estimator in problems:
+                bar.set_description(f"{estimator} {dtype} {case.name}")
+                rows += self._problem(case, dtype, estimator, bar)
+                bar.update()
+        return rows
 
-    ready = {c.name: ready[c.name] for c in field if c.name in ready}
-    foreseen = {name: seconds for name, (_, seconds, _) in ready.items()}
-    bar.set_postfix_str("timing")
-    for pass_ in ("both", "forward"):
-        calls = {name: getattr(steps, pass_) for name, (steps, _, _) in ready.items()}
-        for name, samples in interleaved(calls, foreseen, rounds, patience).items():
-            ready[name][2][pass_] = {"seconds": median(samples), "samples": samples}
-    for name, (_, _, row) in ready.items():
+    def _problem(self, case: Case, dtype: str, estimator: str, bar: tqdm) -> list[Row]:
+        l, m = case.inputs(DTYPES[dtype])
+        true = oracle.truth(estimator, l, m)
+        entries = {c.name: Entry(c, case, dtype, estimator) for c in self.field}
+        eager = None
+        # closed-form eager passes the gate first, as its errors are the others' yardstick
+        for entry in sorted(entries.values(), key=lambda entry: entry.contender.name != "eager"):
+            bar.set_postfix_str(f"checking {entry.contender.name}")
+            entry.reason = entry.contender.reason(estimator, case, DTYPES[dtype]) or self._too_much(entry)
+            if entry.reason is None:
+                errors = entry.admit(l, m, true, oracle.budget(DTYPES[dtype], eager), self.patience)
+                eager = errors if entry.contender.name == "eager" else eager
+            if entry.status == "ok":
+                self.pace[entry.contender.name, dtype, estimator] = entry.foreseen, entry.contender.scratch(case)
+        del true
+
+        ready = {name: entry for name, entry in entries.items() if entry.status == "ok"}
+        bar.set_postfix_str("timing")
         for pass_ in ("both", "forward"):
-            if "floor" in ready:
-                row[pass_]["ratio"] = row[pass_]["seconds"] / ready["floor"][2][pass_]["seconds"]
-        if gauge is not None:
-            bar.set_postfix_str(f"memory of {name}")
-            row["peak_bytes"] = gauge.peak(name, estimator, case, dtype, threads)
-    return sorted(rows, key=lambda row: [c.name for c in field].index(row["contender"]))
+            calls = {name: getattr(entry.steps, pass_) for name, entry in ready.items()}
+            foreseen = {name: entry.foreseen for name, entry in ready.items()}
+            samples = interleaved(calls, foreseen, self.rounds, self.patience)
+            for name, entry in ready.items():
+                seconds = median(samples[name])
+                ratio = seconds / median(samples["floor"])
+                entry.numbers[pass_] = {"seconds": seconds, "ratio": ratio, "samples": samples[name]}
+        for name, entry in ready.items():
+            if self.memory is not None:
+                bar.set_postfix_str(f"memory of {name}")
+                entry.numbers["peak_bytes"] = self.memory.peak(name, estimator, case, dtype, self.threads)
+        return [entry.row() for entry in entries.values()]
+
+    def _too_much(self, entry: Entry) -> str | None:
+        """Why the contender is not tried: memory it would not get, or a call longer than anyone would wait for."""
+        scratch = entry.contender.scratch(entry.case)
+        if scratch > _MEMORY_SHARE * _free_memory():
+            return f"needs about {scratch / 1e9:.0f} GB"
+        seconds, before = self.pace.get((entry.contender.name, entry.dtype, entry.estimator), (0.0, 0))
+        if before and seconds * scratch / before > self.patience:
+            return f"about {seconds * scratch / before:.0f} s a call (--patience {self.patience:g})"
+        return None
 
 
-def _too_much(contender: Contender, case: Case, pace: tuple[float, int] | None, patience: float) -> str | None:
-    """Why the contender is not tried: memory it would not get, or a call longer than anyone would wait for."""
-    scratch = contender.scratch(case)
-    if scratch > _MEMORY_SHARE * _free_memory():
-        return f"needs about {scratch / 1e9:.0f} GB"
-    if pace is not None and pace[1] and pace[0] * scratch / pace[1] > patience:
-        return f"about {pace[0] * scratch / pace[1]:.0f} s a call (--patience {patience:g})"
-    return None
+@dataclass
+class Entry:
+    """One contender at one problem, and what became of it."""
+
+    contender: Contender
+    case: Case
+    dtype: str
+    estimator: str
+    status: str = "skipped"  # or "ok", "WRONG", "failed"
+    reason: str | None = None  # for anything but "ok"
+    foreseen: float = 0.0  # seconds of one call
+    steps: Steps | None = None
+    numbers: Row = field(default_factory=dict)
+
+    def admit(self, l: Tensor, m: Tensor, true: oracle.Truth, budget: float, patience: float) -> oracle.Errors | None:
+        """Warm up and pass the gate; the errors, if there is a result to have any."""
+        try:
+            self.steps = self.contender.steps(self.estimator, l, m)
+            start = time.perf_counter()
+            outputs = self.steps.both()
+            first = time.perf_counter() - start
+            value = self.steps.forward()
+            first_forward = time.perf_counter() - start - first
+            again = first < patience / 2 or self.contender.compiled
+            self.foreseen = once(self.steps.both) if again else first
+        except Exception as error:  # a contender's failure is a result, neither to hide nor to stop for
+            self.status, self.reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            return None
+        if self.contender.compiled:
+            self.numbers["compile_seconds"] = first + first_forward
+        self.status = "ok"
+        if self.contender.name == "floor":
+            return None
+        errors = oracle.errors(true, *outputs)
+        alone = oracle.errors(true, value, *outputs[1:])
+        self.numbers.update(errors=errors._asdict(), error_budget=budget)
+        if not (errors.within(budget) and alone.within(budget)):
+            worst = max(*errors, alone.loss)
+            self.status, self.reason = "WRONG", f"an error of {worst:.2g}, where {budget:.2g} is allowed"
+        return errors
+
+    def row(self) -> Row:
+        problem = {"case": asdict(self.case), "dtype": self.dtype, "estimator": self.estimator}
+        return {
+            **problem,
+            "contender": self.contender.name,
+            "status": self.status,
+            "reason": self.reason,
+            **self.numbers,
+        }
+
+
+def _field(only: list[str] | None) -> list[Contender]:
+    """All contenders, or those whose names start so; the floor always."""
+    return [c for c in contenders() if only is None or c.name.startswith(("floor", *only))]
 
 
 def _free_memory() -> float:
@@ -255,10 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         dtypes = args.dtypes or (["float32"] if args.grid == "readme" else list(DTYPES))
         start = time.perf_counter()
-        rows = run(
-            GRIDS[args.grid], args.estimators, dtypes, args.threads, args.rounds, args.patience, args.only,
-            not args.no_memory,
-        )  # fmt: skip
+        gauge = None if args.no_memory else Memory()
+        session = Session(_field(args.only), args.threads, args.rounds, args.patience, gauge)
+        rows = session.run(GRIDS[args.grid], args.estimators, dtypes)
     result = {"about": about(args.threads, args.rounds, args.grid), "rows": rows}
     print(" · ".join(f"{key} {value}" for key, value in result["about"].items()))
     print(tables(rows))

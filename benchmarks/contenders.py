@@ -7,6 +7,7 @@ the inputs' dtype and what follows in float32, as autocast would do it.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,7 @@ class Contender:
         if self.compiled:
             # one compilation for each shape, as in training; without the reset the ninth shape would run eagerly
             torch._dynamo.reset()
+            warnings.filterwarnings("ignore", "`torch._prims_common.check`", FutureWarning)  # inductor's own call
             loss = torch.compile(loss, dynamic=False)
         leaf_l, leaf_m = l.detach().requires_grad_(), m.detach().requires_grad_()
 
