@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .config import memory_budget
 from .estimators import REGISTRY
-from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, make_plan, why_not
+from .native import instruction_sets
+from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, why_not
 from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair
 
 
@@ -43,20 +44,21 @@ def explain(
         weights_known=reduction == "none",
     )  # fmt: skip
     p = problem
+    plan = None if chosen == "reference" else plan_for(problem, memory_budget(c.device), backend)
     pairs = p.rows * p.N * p.L
     lines = [
         f"{estimator}: N={p.N} images, P={p.P} summaries and L={p.L} locations each, K={p.K}, {_short(p.dtype)} inputs",
         f"pairs: {pairs:,}; the pair tensor would take {format_bytes(pairs * p.itemsize)} and is "
         + ("built, more than once" if chosen == "reference" else "never built"),
-        f"backend: {chosen}",
+        f"backend: {plan.backend if plan else chosen}",
     ]
     lines += [f"  not {name}: {reason}" for name in BACKENDS if (reason := why_not(name, c.device))]
-    if chosen == "reference":
+    if plan is None:
         return "\n".join(lines)
-    return "\n".join(lines + _plan_lines(make_plan(problem, memory_budget(c.device)), c))
+    return "\n".join(lines + _plan_lines(plan))
 
 
-def _plan_lines(plan: Plan, c: Tensor) -> list[str]:
+def _plan_lines(plan: Plan) -> list[str]:
     p = plan.problem
     row_blocks, col_blocks = len(list(plan.row_blocks())), len(list(plan.col_blocks()))
     gradients = [name for name, needed in (("l", p.grad_locals), ("m", p.grad_summaries)) if needed]
@@ -83,7 +85,8 @@ def doctor() -> str:
 
     lines = [
         f"dimkern {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
+        f"native library: {instruction_sets()}",
         f"accelerator: {torch.accelerator.current_accelerator() or 'none'}",
         f"memory budget on the CPU: {format_bytes(memory_budget(torch.device('cpu')))}",
         "backends:",

@@ -153,14 +153,16 @@ def _loss(
     row = REGISTRY[estimator]
 
     chosen = choose_backend(backend, c.device)
-    if chosen == "streaming" and reduction != "none":
+    if chosen != "reference" and reduction != "none":
         grad = torch.is_grad_enabled()
         grad_c, grad_g = grad and c.requires_grad, grad and (g.requires_grad or factor.requires_grad)
-        loss, positives, negatives, *_ = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g)
+        loss, positives, negatives, *_ = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g, backend)
         mean = loss
     else:
-        pair_scores = reference.scores if chosen == "reference" else ops.scores
-        positives, negatives, *_ = pair_scores(c, g, factor, estimator, kappa, clip)
+        if chosen == "reference":
+            positives, negatives = reference.scores(c, g, factor, estimator, kappa, clip)
+        else:
+            positives, negatives, _ = ops.scores(c, g, factor, estimator, kappa, clip, backend)
         items = item_losses(row, positives, negatives)
         mean = items.mean()
         loss = mean if reduction != "none" else items.transpose(1, 2) if items.ndim == 3 else items

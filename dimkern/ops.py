@@ -17,23 +17,25 @@ import torch
 from torch import Tensor
 
 from . import streaming
+from .backends.cpu import CpuTiles
 from .backends.torch import TorchTiles
 from .config import memory_budget
-from .estimators import REGISTRY, item_losses
-from .plan import Plan, describe, make_plan, score_dtype_of
+from .estimators import item_losses
+from .plan import Plan, describe, plan_for, score_dtype_of
 
 _library = torch.library.Library("dimkern", "DEF")
 _library.define(
-    "mean_loss(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip, bool grad_c, bool grad_g)"
-    " -> (Tensor loss, Tensor positives, Tensor negatives, Tensor grad_c, Tensor grad_h)"
+    "mean_loss(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip, bool grad_c, bool grad_g,"
+    " str backend='streaming') -> (Tensor loss, Tensor positives, Tensor negatives, Tensor grad_c, Tensor grad_h)"
 )
 _library.define(
-    "scores(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip)"
+    "scores(Tensor c, Tensor g, Tensor scale, str estimator, float kappa, float? clip, str backend='streaming')"
     " -> (Tensor positives, Tensor negatives, Tensor budget)"
 )
 _library.define(
     "scores_backward(Tensor c, Tensor g, Tensor scale, Tensor negatives, Tensor d_positives, Tensor d_negatives,"
-    " Tensor budget, str estimator, float? clip, bool grad_c, bool grad_g) -> (Tensor grad_c, Tensor grad_h)"
+    " Tensor budget, str estimator, float? clip, bool grad_c, bool grad_g, str backend='streaming')"
+    " -> (Tensor grad_c, Tensor grad_h)"
 )
 
 mean_loss = torch.ops.dimkern.mean_loss.default
@@ -55,41 +57,43 @@ def _gradients(c: Tensor, g: Tensor, grad_c: bool, grad_g: bool) -> tuple[Tensor
     )
 
 
-def _tiles(plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor, grad_h: Tensor) -> TorchTiles:
+def _tiles(plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor, grad_h: Tensor) -> streaming.Tiles:
     p = plan.problem
-    return TorchTiles(plan, c, g, scale, grad_c if p.grad_locals else None, grad_h if p.grad_summaries else None)
+    tiles = CpuTiles if plan.backend == "cpu" else TorchTiles
+    return tiles(plan, c, g, scale, grad_c if p.grad_locals else None, grad_h if p.grad_summaries else None)
 
 
 def _mean_loss(
-    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool,
+    backend: str = "streaming",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g)
-    plan = make_plan(problem, memory_budget(c.device))
+    plan = plan_for(problem, memory_budget(c.device), backend)
     d_c, d_h = _gradients(c, g, grad_c, grad_g)
-    tiles = _tiles(plan, c, g, scale, d_c, d_h)
     with _no_autocast(c):
+        tiles = _tiles(plan, c, g, scale, d_c, d_h)
         run = streaming.mean_loss if problem.needs_grad else streaming.measure
         positives, negatives = run(tiles, plan, kappa)
-        loss = item_losses(REGISTRY[estimator], positives, negatives).mean()
+        loss = item_losses(problem.row, positives, negatives).mean()
     return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype, copy=True), d_c, d_h
 
 
 def _scores(
-    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, backend: str = "streaming"
 ) -> tuple[Tensor, Tensor, Tensor]:
     budget = memory_budget(c.device)
-    plan = make_plan(describe(estimator, c, g, clip=clip, grad_locals=False, grad_summaries=False), budget)
+    plan = plan_for(describe(estimator, c, g, clip=clip, grad_locals=False, grad_summaries=False), budget, backend)
     with _no_autocast(c):
-        positives, negatives = streaming.measure(_tiles(plan, c, g, scale, c, c), plan, kappa)
+        positives, negatives = streaming.measure(_tiles(plan, c, g, scale, c, g), plan, kappa)
     return positives, negatives.to(positives.dtype, copy=True), torch.tensor(budget, dtype=torch.int64)
 
 
 def _sweep(
     c: Tensor, g: Tensor, scale: Tensor, negatives: Tensor, d_positives: Tensor, d_negatives: Tensor, budget: Tensor,
-    estimator: str, clip: float | None, grad_c: bool, grad_g: bool,
+    estimator: str, clip: float | None, grad_c: bool, grad_g: bool, backend: str = "streaming",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=True)
-    plan = make_plan(problem, int(budget))
+    plan = plan_for(problem, int(budget), backend)
     d_c, d_h = _gradients(c, g, grad_c, grad_g)
     with _no_autocast(c):
         tiles = _tiles(plan, c, g, scale, d_c, d_h)
@@ -108,7 +112,7 @@ _library.impl("scores_backward", _sweep, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("dimkern::mean_loss", lib=_library)
-def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):
+def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend="streaming"):
     dtype = score_dtype_of(c.dtype, g.dtype)
     (N, L, _), P = c.shape, g.shape[1]
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
@@ -116,7 +120,7 @@ def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g):
 
 
 @torch.library.register_fake("dimkern::scores", lib=_library)
-def _scores_fake(c, g, scale, estimator, kappa, clip):
+def _scores_fake(c, g, scale, estimator, kappa, clip, backend="streaming"):
     dtype = score_dtype_of(c.dtype, g.dtype)
     (N, L, _), P = c.shape, g.shape[1]
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
@@ -125,7 +129,7 @@ def _scores_fake(c, g, scale, estimator, kappa, clip):
 
 @torch.library.register_fake("dimkern::scores_backward", lib=_library)
 def _scores_backward_fake(
-    c, g, scale, negatives, d_positives, d_negatives, budget, estimator, clip, grad_c, grad_g
+    c, g, scale, negatives, d_positives, d_negatives, budget, estimator, clip, grad_c, grad_g, backend="streaming"
 ):  # fmt: skip
     return _gradients(c, g, grad_c, grad_g)
 
@@ -151,26 +155,39 @@ def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_
     if d_grad_c is not None or d_grad_h is not None:
         raise RuntimeError(_SECOND_DERIVATIVE)
     if d_loss is None:  # a later function that gives no gradient
-        return (None,) * 8
+        return (None,) * 9
     g, scale, grad_c, grad_h = ctx.saved_tensors
-    # float32 until the upstream factor is in: a float16 gradient would underflow before a loss scale reaches it
-    return *_by_inputs(ctx, grad_c * d_loss, grad_h * d_loss, ctx.c_dtype, g, scale), *[None] * 5
+    return *_by_inputs(ctx, _scaled(grad_c, d_loss), _scaled(grad_h, d_loss), ctx.c_dtype, g, scale), *[None] * 6
+
+
+def _scaled(gradient, upstream):
+    """A saved gradient times the upstream factor; in its own memory where nobody can ask for it again.
+
+    In float32 until the factor is in: a float16 gradient would underflow before a loss scale reaches it.
+    """
+    # the copy would cost as much as a tenth of the whole loss at N = 64
+    if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return gradient * upstream
+    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient.detach()
+    return gradient.detach().mul_(upstream)
 
 
 def _scores_context(ctx, inputs, output):
-    c, g, scale, estimator, _, clip = inputs
+    c, g, scale, estimator, _, clip, backend = inputs
     _, negatives, budget = output
     ctx.save_for_backward(c, g, scale, negatives, budget)
-    ctx.estimator, ctx.clip = estimator, clip
+    ctx.estimator, ctx.clip, ctx.backend = estimator, clip, backend
 
 
 def _scores_backward_formula(ctx, d_positives, d_negatives, _):
     c, g, scale, negatives, budget = ctx.saved_tensors
     by_c, by_g, by_scale = ctx.needs_input_grad[:3]
+    by_h = by_g or by_scale
     d_c, d_h = _scores_backward(
-        c, g, scale, negatives, d_positives, d_negatives, budget, ctx.estimator, ctx.clip, by_c, by_g or by_scale
+        c, g, scale, negatives, d_positives, d_negatives, budget, ctx.estimator, ctx.clip, by_c, by_h, ctx.backend
     )
-    return *_by_inputs(ctx, d_c, d_h, c.dtype, g, scale), *[None] * 3
+    return *_by_inputs(ctx, d_c, d_h, c.dtype, g, scale), *[None] * 4
 
 
 def _refuse(ctx, *_):

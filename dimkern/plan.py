@@ -5,7 +5,7 @@ Owns every choice (backend, loop order, block and tile sizes) and the reasons fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from .estimators import REGISTRY, Estimator
+from .native import WHY_NOT_LOADED, warn_once
 
-BACKENDS = ("streaming", "cpu", "triton", "cuda", "reference")  # in the order "auto" tries them
+BACKENDS = ("cuda", "triton", "cpu", "streaming", "reference")  # in the order "auto" tries them
 
 # A tile holds scores that are mapped right after they are made: about the last-level cache on a CPU
 # (measured: 2 to 8 MB are alike), large enough to fill the chip on an accelerator.
 _TILE_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_TILE_BYTES = 128 * 2**20
-# Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block. DV's one sum
-# closes with the last row, so all rows must be in one block.
-_MOST_ROW_BLOCKS = {"row_lse": 64, "global_lse": 1}
+# Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block.
+_MOST_ROW_BLOCKS = 64
+# Of the native library, whatever its instruction set: rows of a strip, columns of a panel, elements of a thread's tile.
+_NATIVE_LANES, _NATIVE_PANEL, _NATIVE_TILE = 32, 120, 150_000
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
@@ -43,6 +45,7 @@ class Problem:
     grad_locals: bool
     grad_summaries: bool
     clip: float | None = None
+    threads: int = 1
 
     @property
     def rows(self) -> int:
@@ -78,7 +81,7 @@ def describe(
     staged = c.dtype != score_dtype or not is_matrix_view(c)
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
-        grad_summaries, clip,
+        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1,
     )  # fmt: skip
 
 
@@ -136,7 +139,11 @@ def why_not(backend: str, device: torch.device) -> str | None:
     """None if `backend` can serve tensors on `device`, else the reason a user should read."""
     if backend in ("reference", "streaming"):
         return None
-    if backend in ("cpu", "triton", "cuda"):
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"the tensors are on {device}, not on the CPU"
+        return WHY_NOT_LOADED
+    if backend in ("triton", "cuda"):
         return f"the {backend} backend is not part of this release; the streaming backend serves instead"
     raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, sorted(BACKENDS)))}")
 
@@ -156,25 +163,20 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 @lru_cache(maxsize=256)
-def make_plan(problem: Problem, budget: int) -> Plan:
-    """Loop order and block sizes of the streaming backend within `budget` bytes.
+def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan:
+    """Loop order and block sizes of a backend within `budget` bytes.
 
     Raises:
         ValueError: not even one image against one image fits; the message says how much would.
     """
     p = problem
-    tile_bytes = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES)
+    footprint, widest = {"streaming": (_streaming_bytes, _cached_tile), "cpu": (_cpu_bytes, _all_columns)}[backend]
 
-    def columns_outside(row_images: int, col_images: int) -> Plan:
-        return Plan(p, "streaming", "columns outside", row_images, col_images, budget,
-                    _fixed_bytes(p) + _tile_bytes(p, row_images, col_images))  # fmt: skip
+    def plan(order: str, row_images: int, col_images: int) -> Plan:
+        kept = order == "rows outside"
+        return Plan(p, backend, order, row_images, col_images, budget, footprint(p, row_images, col_images, kept))
 
-    def rows_outside(row_images: int, col_images: int) -> Plan:
-        kept = row_images * p.P * p.N * p.L * p.itemsize
-        scratch = _fixed_bytes(p) + _tile_bytes(p, row_images, col_images) + kept
-        return Plan(p, "streaming", "rows outside", row_images, col_images, budget, scratch)
-
-    smallest = columns_outside(1, 1)
+    smallest = plan("columns outside", 1, 1)
     if smallest.scratch > budget:
         raise ValueError(
             f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs "
@@ -182,52 +184,79 @@ def make_plan(problem: Problem, budget: int) -> Plan:
             "or the environment variable DIMKERN_MEMORY_BUDGET"
         )
 
-    def tiled(make: Callable[[int, int], Plan], row_images: int) -> Plan:
-        """The widest tile of this many rows that the cache and the budget admit."""
-        pairs = row_images * p.P * p.L * p.itemsize
-        col_images = max(1, min(p.N, tile_bytes // pairs))
+    def tiled(order: str, row_images: int) -> Plan:
+        """The widest column blocks beside this many rows that the backend wants and the budget admits."""
+        col_images = widest(p, row_images)
         while True:
-            plan = make(row_images, col_images)
-            if plan.scratch <= budget or col_images == 1:
-                return plan
+            tried = plan(order, row_images, col_images)
+            if tried.scratch <= budget or col_images == 1:
+                return tried
             col_images = (col_images + 1) // 2
 
-    def tallest(make: Callable[[int, int], Plan]) -> Plan | None:
+    def tallest(order: str) -> Plan | None:
         """The plan with the fewest row blocks that fits, blocks of even height."""
         blocks = 1
         while True:
             row_images = -(-p.N // blocks)
-            plan = tiled(make, row_images)
-            if plan.scratch <= budget:
-                return plan
+            tried = tiled(order, row_images)
+            if tried.scratch <= budget:
+                return tried
             if row_images == 1:
                 return None
             blocks = max(blocks + 1, -(-p.N // (row_images - 1)))
 
-    lean = tallest(columns_outside)
+    lean = tallest("columns outside")
     assert lean is not None
     if p.row.family == "pointwise" or p.weights_known or not p.needs_grad:
         return lean
-    fast = tallest(rows_outside)
-    if fast is None or len(list(fast.row_blocks())) > _MOST_ROW_BLOCKS[p.row.family]:
-        return lean
-    return fast
+    fast = tallest("rows outside")
+    return lean if fast is None or len(list(fast.row_blocks())) > _MOST_ROW_BLOCKS else fast
 
 
-def _fixed_bytes(p: Problem) -> int:
-    """Scaled summaries, positives and their weights, row statistics: what no block size changes."""
-    positives = p.rows * p.L
-    return p.rows * p.K * p.itemsize + positives * (2 * p.itemsize + 3 * 8) + p.rows * _ROW_STATISTICS * 8
+def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
+    """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
+    chosen = choose_backend(backend, problem.device)
+    if backend == "auto" and chosen == "cpu" and _cpu_bytes(problem, 1, 1, False) > budget:
+        chosen = "streaming"
+    elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
+        warn_once(str(why_not("cpu", problem.device)))
+    return make_plan(problem, budget, chosen)
 
 
-def _tile_bytes(p: Problem, row_images: int, col_images: int) -> int:
+def _cached_tile(p: Problem, row_images: int) -> int:
+    """Column images that make a tile of the size that maps fastest."""
+    tile_bytes = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES)
+    return max(1, min(p.N, tile_bytes // (row_images * p.P * p.L * p.itemsize)))
+
+
+def _all_columns(p: Problem, row_images: int) -> int:
+    """The native library makes its own tiles."""
+    return p.N
+
+
+def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     rows, cols = row_images * p.P, col_images * p.L
     tiles = 1 + (not p.row.shares_map) + (p.clip is not None)  # scores, psi, the soft clip's slope
-    tile = rows * cols * tiles * p.itemsize
-    staging = cols * p.K * p.itemsize if p.staged else 0
     products = rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G, then alpha∘(E·C)
-    row_statistics = rows * -(-p.N // col_images) * 3 * 8
-    return tile + staging + products + row_statistics
+    kept_bytes = rows * p.N * p.L * p.itemsize if kept else 0
+    return _common_bytes(p, rows, col_images) + rows * cols * tiles * p.itemsize + products + kept_bytes
+
+
+def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
+    rows = -(-row_images * p.P // _NATIVE_LANES) * _NATIVE_LANES
+    tiles = p.threads * _NATIVE_TILE * p.itemsize
+    packed = (2 + p.threads - 1) * rows * (p.K + _NATIVE_LANES) * p.itemsize  # summaries twice, partial gradients
+    panels = p.N * p.L // _NATIVE_PANEL + p.N // col_images + p.threads  # with a row of references each
+    kept_bytes = rows * (p.N * p.L + panels) * p.itemsize if kept else 0
+    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes
+
+
+def _common_bytes(p: Problem, rows: int, col_images: int) -> int:
+    """Scaled summaries, positives and their weights, row statistics, staged local features."""
+    positives = p.rows * p.L * (2 * p.itemsize + 3 * 8)
+    statistics = (p.rows * _ROW_STATISTICS + rows * 3 * -(-p.N // col_images)) * 8
+    staging = col_images * p.L * p.K * p.itemsize if p.staged else 0
+    return p.rows * p.K * p.itemsize + positives + statistics + staging
 
 
 def _rounded_up(size: int) -> int:

@@ -33,8 +33,8 @@ class Tiles(Protocol):
     (row, column) block is accumulated at most once, in ascending order of either slice.
     """
 
-    def positives(self) -> Tensor:
-        """Scores of the own-image pairs, (N, P, L)."""
+    def positives(self, images: slice) -> Tensor:
+        """Scores of the own-image pairs, (images, P, L); cheapest once their blocks have been scored."""
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """score + map for the statistics alone: (the reference used, sum of psi), each (rows, P)."""
@@ -42,11 +42,17 @@ class Tiles(Protocol):
     def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """The same, and keep the block's phi until `accumulate`."""
 
-    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor) -> None:
-        """Add the gradients of a block that `weigh` kept; alpha is (rows, P)."""
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
+        """Add the gradients of a block that `weigh` kept; alpha is (rows, P), own None leaves own pairs out."""
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         """score + map + accumulate in one, nothing kept; returns the sum of psi, (rows, P)."""
+
+    def rescale(self, factor: Tensor) -> None:
+        """Multiply every gradient accumulated so far by a 0-d factor."""
+
+    def accumulate_own(self, own: Tensor) -> None:
+        """Add the gradients of all own-image pairs, (N, P, L), that `accumulate` left out."""
 
 
 class Scores(NamedTuple):
@@ -63,7 +69,7 @@ def measure(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
     for cols in plan.col_blocks():
         for rows in plan.row_blocks():
             total.add(rows, *tiles.measure(rows, cols))
-    return Scores(tiles.positives(), finish(p, total.value, kappa))
+    return Scores(tiles.positives(slice(0, p.N)), finish(p, total.value, kappa))
 
 
 def differentiate(tiles: Tiles, plan: Plan, negatives: Tensor, d_positives: Tensor, d_negatives: Tensor) -> None:
@@ -89,7 +95,7 @@ def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
 def _one_sweep(tiles: Tiles, plan: Plan) -> Scores:
     """Pointwise estimators: alpha needs no statistic, so the sums are made on the way."""
     p = plan.problem
-    positives = tiles.positives()
+    positives = tiles.positives(slice(0, p.N))
     sums = torch.zeros(p.N, p.P, dtype=wide(p), device=p.device)
     d_positives, d_negatives = mean_loss_weights(p.row, positives, sums, p.rows)
     _, alpha = weights_of(p, sums, d_negatives)
@@ -100,17 +106,43 @@ def _one_sweep(tiles: Tiles, plan: Plan) -> Scores:
 
 
 def _rows_outside(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
-    """A row block is finished, and its gradients final, before the next one is scored (DV: there is only one)."""
+    """A row block is finished, and its gradients final, before the next one is scored."""
     p = plan.problem
-    positives = tiles.positives()
+    if p.row.family == "global_lse" and plan.row_images < p.N:
+        return _rows_outside_one_sum(tiles, plan)
+    positives: list[Tensor] = []
     negatives = torch.empty(p.N, p.P, dtype=wide(p), device=p.device)
     for rows in plan.row_blocks():
         blocks = [(cols, *tiles.weigh(rows, cols)) for cols in plan.col_blocks()]
         negatives[rows] = finish(p, _merge([_log_sum(ref, sums) for _, ref, sums in blocks]), kappa)
-        own, d_negatives = mean_loss_weights(p.row, positives[rows], negatives[rows], p.rows)
+        positives.append(tiles.positives(rows))
+        own, d_negatives = mean_loss_weights(p.row, positives[-1], negatives[rows], p.rows)
         row_ref, alpha = weights_of(p, negatives[rows], d_negatives)
         for cols, ref, sums in blocks:
             tiles.accumulate(rows, cols, alpha * _gain(ref, sums, row_ref), own)
+    return Scores(torch.cat(positives), negatives)
+
+
+def _rows_outside_one_sum(tiles: Tiles, plan: Plan) -> Scores:
+    """DV in several row blocks: gradients stay relative to a running reference until the one sum is complete."""
+    p = plan.problem
+    log_sums = torch.empty(p.N, p.P, dtype=wide(p), device=p.device)
+    anchor = torch.full((), torch.finfo(wide(p)).min, dtype=wide(p), device=p.device)
+    for rows in plan.row_blocks():
+        blocks = [(cols, *tiles.weigh(rows, cols)) for cols in plan.col_blocks()]
+        log_sums[rows] = _merge([_log_sum(ref, sums) for _, ref, sums in blocks])
+        higher = torch.maximum(anchor, log_sums[rows].max())
+        if rows.start > 0:
+            tiles.rescale((anchor - higher).exp())
+        anchor = higher
+        for cols, ref, sums in blocks:
+            tiles.accumulate(rows, cols, _gain(ref, sums, anchor), None)
+    positives, negatives = tiles.positives(slice(0, p.N)), finish(p, log_sums, 0.0)
+    d_positives, d_negatives = mean_loss_weights(p.row, positives, negatives, p.rows)
+    row_ref, alpha = weights_of(p, negatives[:1, :1], d_negatives)
+    assert row_ref is not None
+    tiles.rescale(((anchor - row_ref).exp() * alpha[:1, :1]).reshape(()))
+    tiles.accumulate_own(d_positives)
     return Scores(positives, negatives)
 
 

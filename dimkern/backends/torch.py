@@ -36,11 +36,14 @@ class TorchTiles:
         self._staged: slice | None = None  # the images in the staging buffer
         self._kept: dict[int, Tensor] = {}
 
-    def positives(self) -> Tensor:
+    def positives(self, images: slice) -> Tensor:
         p = self._p
-        scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype, device=p.device)
+        scores = torch.empty(images.stop - images.start, p.P, p.L, dtype=p.score_dtype, device=p.device)
         for cols in self._plan.col_blocks():
-            torch.bmm(self._g[cols], self._locals(cols).transpose(1, 2), out=scores[cols])
+            both = _both(images, cols)
+            if both is not None:
+                c = self._locals(cols)[_within(both, cols)]
+                torch.bmm(self._g[both], c.transpose(1, 2), out=scores[_within(both, images)])
         return self._soft_clip(scores)
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
@@ -55,9 +58,10 @@ class TorchTiles:
         self._kept[cols.start] = tile
         return self._per_row(ref), self._per_row(sums)
 
-    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor) -> None:
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
         self._accumulate(self._kept.pop(cols.start), rows, cols, alpha)
-        self._accumulate_own(rows, cols, own)
+        if own is not None:
+            self._accumulate_own(rows, cols, own)
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         tile = self._score(rows, cols, self._tile("scores"))
@@ -70,6 +74,15 @@ class TorchTiles:
         self._accumulate(tile, rows, cols, alpha)
         self._accumulate_own(rows, cols, own)
         return self._per_row(sums)
+
+    def rescale(self, factor: Tensor) -> None:
+        for gradient in (self._grad_c, self._grad_h):
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def accumulate_own(self, own: Tensor) -> None:
+        for cols in self._plan.col_blocks():
+            self._accumulate_own(slice(0, self._p.N), cols, own)
 
     def _score(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         g = self._g[rows].flatten(0, 1)  # (rows, K)

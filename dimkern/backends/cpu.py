@@ -1,0 +1,108 @@
+"""Tiles by the native CPU library (`kernels/cpu`): score, map and accumulate fused, a tile never leaving the cache.
+
+Blocks inside a block, threads and instruction sets are the library's affair. Local features that are no
+matrix in the score dtype are staged by the torch tiles this class builds on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .torch import TorchTiles
+
+_native = torch.ops.dimkern_cpu
+
+
+class CpuTiles(TorchTiles):
+    """The dot critic on a CPU."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        c: Tensor,  # (N, L, K)
+        g: Tensor,  # (N, P, K)
+        scale: Tensor,  # 0-d
+        grad_c: Tensor | None,  # (N, L, K)
+        grad_h: Tensor | None,  # (N, P, K)
+    ) -> None:
+        super().__init__(plan, c, g, scale, grad_c, grad_h)
+        p = plan.problem
+        self._own_scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
+        self._own_seen = [False] * p.N
+        self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
+        self._weighed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def positives(self, images: slice) -> Tensor:
+        return self._own_scores[images] if all(self._own_seen[images]) else super().positives(images)
+
+    def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        return self._weigh(rows, cols, None, None)
+
+    def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        g, c = self._matrices(rows, cols)
+        kept, panels = _native.kept_sizes.default(g, c.shape[0])
+        keep, panel_ref = self._buffer(f"kept {cols.start}", kept), self._buffer(f"panels {cols.start}", panels)
+        ref, sums = self._weigh(rows, cols, keep, panel_ref)
+        self._weighed[cols.start] = keep, panel_ref, ref
+        return ref, sums
+
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
+        keep, panel_ref, ref = self._weighed.pop(cols.start)
+        self._accumulate_native(rows, cols, keep, panel_ref, ref, alpha, own)
+
+    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
+        return self._accumulate_native(rows, cols, None, None, ref, alpha, own)
+
+    def _weigh(self, rows: slice, cols: slice, keep: Tensor | None, panel_ref: Tensor | None) -> tuple[Tensor, Tensor]:
+        g, c = self._matrices(rows, cols)
+        ref, sums = _native.weigh.default(
+            g, c, self._pack(rows)[0], *self._where(rows, cols), self._own_scores, keep, panel_ref
+        )
+        for image in range(max(rows.start, cols.start), min(rows.stop, cols.stop)):
+            self._own_seen[image] = True
+        return self._per_row(ref), self._per_row(sums)
+
+    def _accumulate_native(
+        self,
+        rows: slice,
+        cols: slice,
+        keep: Tensor | None,
+        panel_ref: Tensor | None,
+        ref: Tensor | None,
+        alpha: Tensor,
+        own: Tensor | None,
+    ) -> Tensor:
+        g, c = self._matrices(rows, cols)
+        dtype = self._p.score_dtype
+        sums = _native.accumulate.default(
+            g,
+            c,
+            *self._pack(rows),
+            *self._where(rows, cols),
+            keep,
+            panel_ref,
+            None if ref is None else ref.to(dtype).contiguous(),
+            alpha.to(dtype).contiguous(),
+            None if own is None else own.to(dtype).contiguous(),
+            self._own_scores,
+            None if self._grad_h is None else self._grad_h[rows],
+            None if self._grad_c is None else self._grad_c[cols],
+            cols.start > 0,
+            rows.start > 0,
+        )
+        return self._per_row(sums)
+
+    def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        return self._g[rows].flatten(0, 1), self._locals(cols).flatten(0, 1)
+
+    def _where(self, rows: slice, cols: slice) -> tuple[str, float, int, int, int, int]:
+        p = self._p
+        return p.estimator, p.clip or 0.0, rows.start * p.P, cols.start * p.L, p.P, p.L
+
+    def _pack(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The summaries as the kernels read them, packed once per row block."""
+        if self._packed is None or self._packed[0] != rows:
+            self._packed = rows, _native.pack.default(self._g[rows].flatten(0, 1), self._p.needs_grad)
+        return self._packed[1]

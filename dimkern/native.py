@@ -1,0 +1,38 @@
+"""The native CPU library: loaded when dimkern is imported, or the reason why not."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).parent / "_native" / "libdimkern_cpu.so"
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return (
+            "the native CPU library was not built; with a C++ compiler, cmake and torch installed, "
+            "reinstall dimkern with pip install --no-build-isolation"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the native CPU library does not load: {error}"
+    return None
+
+
+WHY_NOT_LOADED = _load()
+
+
+@lru_cache(maxsize=1)
+def warn_once(reason: str) -> None:
+    """Say once in a process that the slower backend serves."""
+    warnings.warn(f"{reason}; until then the streaming backend serves: as exact, but slower", stacklevel=2)
+
+
+def instruction_sets() -> str:
+    """What was built and which of them runs here, e.g. "generic avx2 avx512; avx512"."""
+    return WHY_NOT_LOADED or str(torch.ops.dimkern_cpu.isas.default())

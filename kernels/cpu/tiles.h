@@ -1,0 +1,81 @@
+// What the ops (ops.cpp) ask of the code that is compiled once for each instruction set (tiles_*.cpp).
+//
+// Letters as in MATHS.md: R rows (summaries), M columns (locations), K channels. A tile of weights is
+// held transposed, E[column][row], so that a vector holds neighbouring rows: row statistics are then
+// sums of vectors, the reference and alpha are vector loads, and all three products read it in place.
+#pragma once
+
+#include <cstdint>
+
+namespace dimkern {
+
+// A block of rows against a block of columns.
+template <class T>
+struct Pairs {
+  const char* estimator;
+  std::int64_t R, M, K;
+  const T* g;  // (R, K) scaled summaries
+  const T* c;  // (M, K) local features, row stride ldc
+  std::int64_t ldc;
+  std::int64_t row0, col0;  // index of the first row and column in the batch
+  std::int64_t P, L;        // summaries and locations of one image: row r and column c are own if r / P == c / L
+  T clip;                   // the soft clip's t, or 0
+  const T* g_by_row;        // g packed for the score: strips of `lanes` rows, (K, lanes) each
+  const T* g_by_channel;    // g packed for the gradient of c: strips of `lanes` channels, (R, lanes) each
+};
+
+// score + map for the statistics of columns [begin, end), kept where `keep` is given.
+template <class T>
+struct Weigh {
+  T* keep;       // (M, padded R) weights relative to the panel's reference, or null
+  T* panel_ref;  // (panels, padded R) the reference of each panel of kept weights
+  T* ref;        // (R,) this thread's: the largest score, or 0
+  double* sum;   // (R,) this thread's sum of psi relative to ref
+  T* positives;  // (images, P, L) of the batch: own-image scores are written here
+};
+
+// The gradient products of columns [begin, end).
+template <class T>
+struct Accumulate {
+  const T* keep;  // weights of Weigh, or null: score and map again with `ref`
+  const T* panel_ref;
+  const T* ref;        // (R,) or null for pointwise estimators
+  const T* alpha;      // (R,)
+  const T* own;        // (images of the rows, P, L) weights of the own-image pairs; null: 0
+  const T* positives;  // as Weigh wrote them; read where weights were kept under a soft clip
+  T* grad_h;           // (R, K) this thread's partial sum, or null
+  T* grad_c;           // (M, K) or null
+  bool add_h, add_c;   // the gradient holds a sum already
+  double* sum;         // (R,) this thread's sum of psi, where the tiles are scored again
+};
+
+// The code for one instruction set. begin and end are columns of the block; panel0 is the index that the panel at
+// `begin` has in panel_ref.
+template <class T>
+using WeighFunction = void(const Pairs<T>&, const Weigh<T>&, std::int64_t begin, std::int64_t end, std::int64_t panel0,
+                           void* scratch);
+template <class T>
+using AccumulateFunction = void(const Pairs<T>&, const Accumulate<T>&, std::int64_t begin, std::int64_t end,
+                                std::int64_t panel0, void* scratch);
+template <class T>
+using PackFunction = void(const Pairs<T>&, T* by_row, T* by_channel);
+
+struct Isa {
+  const char* name;
+  std::int64_t lanes_f32, lanes_f64;      // width of a packed strip; padded R is a multiple of it
+  std::int64_t panel;                     // columns of a panel
+  std::int64_t scratch_f32, scratch_f64;  // bytes that one thread needs
+  PackFunction<float>* pack_f32;
+  PackFunction<double>* pack_f64;
+  WeighFunction<float>* weigh_f32;
+  WeighFunction<double>* weigh_f64;
+  AccumulateFunction<float>* accumulate_f32;
+  AccumulateFunction<double>* accumulate_f64;
+};
+
+// Null where it was not built.
+const Isa* isa_generic();
+const Isa* isa_avx2();
+const Isa* isa_avx512();
+
+}  // namespace dimkern

@@ -1,0 +1,315 @@
+// Tiles for one instruction set: score -> map -> accumulate while the tile is in cache.
+//
+// Included by tiles_*.cpp, each with its own DK_ISA (the namespace), DK_VECTOR_BYTES and DK_ROWS, and compiled
+// with its own flags. Everything here is in that namespace: a function shared between differently compiled
+// files would be merged by the linker into whichever it likes.
+
+#include <cstdint>
+#include <type_traits>
+
+#include "dimkern/estimators.h"
+#include "tiles.h"
+
+namespace dimkern {
+namespace DK_ISA {
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+#include "gemm.inc.h"
+
+constexpr std::int64_t kPanel = 20 * DK_ROWS;  // columns; with kRowBlock a tile fills about half of a core's L2
+constexpr std::int64_t kRowBlock = 512;
+struct Pointwise {};
+struct LogSumExp {};
+template <bool pointwise>
+using FamilyOf = std::conditional_t<pointwise, Pointwise, LogSumExp>;
+
+constexpr int kSumGroup = 16;  // float sums longer than this are made in two levels
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+struct Scratch {
+  T *tile, *strip, *ref, *gain, *group, *total;
+  explicit Scratch(void* memory) {
+    tile = static_cast<T*>(memory);
+    strip = tile + kPanel * kRowBlock;
+    ref = strip + kPanel * kLanes<T>;
+    gain = ref + kRowBlock;
+    group = gain + kRowBlock;
+    total = group + kRowBlock;
+  }
+  static constexpr std::int64_t bytes = (kPanel * (kRowBlock + kLanes<T>)+4 * kRowBlock) * sizeof(T);
+};
+
+// Columns [col, col + cols) of the block against its rows [row, row + rows).
+struct Tile {
+  std::int64_t col, cols, row, rows, lanes;  // lanes: rows padded to whole strips
+};
+
+template <class T>
+Tile tile_at(const Pairs<T>& p, std::int64_t col, std::int64_t end, std::int64_t row) {
+  const std::int64_t rows = least(kRowBlock, p.R - row);
+  return {col, least(kPanel, end - col), row, rows, padded(rows, kLanes<T>)};
+}
+
+// The rows of a tile that are own-image partners of its column c: `count` from `first` on, some perhaps outside.
+struct Own {
+  int first, count;
+  std::int64_t index;  // of the first one's pair in (image, P, L)
+  DK_FN bool has(int r) const { return static_cast<unsigned>(r - first) < static_cast<unsigned>(count); }
+};
+
+template <class T>
+DK_FN Own own_rows(const Pairs<T>& p, const Tile& t, std::int64_t c) {
+  const std::int64_t column = p.col0 + t.col + c, image = column / p.L;
+  const std::int64_t first = image * p.P - p.row0 - t.row;
+  if (first >= t.rows || first + p.P <= 0) return {0, 0, 0};
+  return {static_cast<int>(first), static_cast<int>(p.P), image * p.P * p.L + column % p.L};
+}
+
+// Calls visit(entry of the tile, index into (image, P, L)) for every own-image pair of column c.
+template <class T, class Visit>
+DK_FN void each_own(const Pairs<T>& p, const Tile& t, std::int64_t c, T* column, Visit visit) {
+  const Own own = own_rows(p, t, c);
+  for (int q = own.first < 0 ? -own.first : 0; q < own.count && own.first + q < t.rows; ++q) {
+    visit(column[own.first + q], own.index + q * p.L);
+  }
+}
+
+// tanh(x) = x / (1 + x^2 / (3 + x^2 / (5 + ...))) where 1 - 2 / (e^2x + 1) would cancel.
+template <class T>
+DK_FN T tanh(T x) {
+  constexpr int depth = sizeof(T) == 4 ? 5 : 9;
+  const T x2 = x * x;
+  T numerator = T(1), denominator = T(2 * depth + 1);
+  for (int k = depth - 1; k >= 0; --k) {
+    const T next = denominator * T(2 * k + 1) + x2 * numerator;
+    numerator = denominator;
+    denominator = next;
+  }
+  const T far = T(1) - T(2) / (exp(T(2) * x) + T(1));
+  return x2 < T(0.5) ? x * numerator / denominator : far;
+}
+
+// Derivative of the soft clip at a score that is clipped already; 1 without a clip.
+template <class T>
+DK_FN T slope(T clipped, T clip) {
+  const T ratio = clip == T(0) ? T(0) : clipped / clip;
+  return T(1) - ratio * ratio;
+}
+
+template <class T>
+void score(const Pairs<T>& p, const Tile& t, T* tile) {
+  for (std::int64_t r = 0; r < t.rows; r += kLanes<T>) {
+    product<T, false>(t.cols, kLanes<T>, p.K, p.c + t.col * p.ldc, p.ldc, p.g_by_row + (t.row + r) * p.K, tile + r,
+                      kRowBlock, false);
+  }
+  if (p.clip == T(0)) return;
+  for (std::int64_t c = 0; c < t.cols; ++c) {
+    T* x = tile + c * kRowBlock;
+    for (std::int64_t r = 0; r < t.lanes; ++r) x[r] = p.clip * tanh(x[r] / p.clip);
+  }
+}
+
+// Any finite reference serves an empty (-inf) or overflown (inf) row; inf - inf would make NaN of its scores.
+template <class T>
+DK_FN T finite(T ref) {
+  return ref - ref == T(0) ? ref : T(0);
+}
+
+// The largest score of each row, raw in `raw` and finite in `ref`; own-image pairs hold -inf by now.
+template <class T>
+void reference(const Tile& t, const T* tile, T* __restrict raw, T* __restrict ref) {
+  for (std::int64_t r = 0; r < t.lanes; ++r) raw[r] = tile[r];
+  for (std::int64_t c = 1; c < t.cols; ++c) {
+    const T* x = tile + c * kRowBlock;
+    for (std::int64_t r = 0; r < t.lanes; ++r) raw[r] = x[r] > raw[r] ? x[r] : raw[r];
+  }
+  for (std::int64_t r = 0; r < t.lanes; ++r) ref[r] = finite(raw[r]);
+}
+
+// s.total[r] = the sum over the tile's columns of what column(c, sum) adds to sum[r], in two levels of few terms.
+template <class T, class Column>
+DK_FN void sum_columns(const Tile& t, const Scratch<T>& s, Column column) {
+  for (std::int64_t r = 0; r < t.lanes; ++r) s.total[r] = T(0);
+  for (std::int64_t start = 0; start < t.cols; start += kSumGroup) {
+    for (std::int64_t r = 0; r < t.lanes; ++r) s.group[r] = T(0);
+    for (std::int64_t c = start; c < least(start + kSumGroup, t.cols); ++c) column(c, s.group);
+    for (std::int64_t r = 0; r < t.lanes; ++r) s.total[r] += s.group[r];
+  }
+}
+
+// Pointwise estimators: sums of psi.
+template <class E, class T>
+void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scratch<T>& s, std::int64_t, Pointwise) {
+  sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
+    const T* __restrict x = s.tile + c * kRowBlock;
+    const Own own = own_rows(p, t, c);
+    for (int r = 0; r < t.lanes; ++r) sum[r] += own.has(r) ? T(0) : E::psi(x[r], T(0));
+  });
+  for (std::int64_t r = 0; r < t.rows; ++r) w.sum[t.row + r] += double(s.total[r]);
+}
+
+// Log-sum-exp estimators: weights relative to the panel's largest score, and their sums.
+template <class E, class T>
+void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scratch<T>& s, std::int64_t panel,
+                LogSumExp) {
+  static_assert(E::shares_map, "the kept weight is also what is summed");
+  const std::int64_t ld = padded(p.R, kLanes<T>);
+  for (std::int64_t c = 0; c < t.cols; ++c) {
+    each_own(p, t, c, s.tile + c * kRowBlock, [](T& x, std::int64_t) { x = T(-__builtin_inf()); });
+  }
+  T* raw = w.keep ? w.panel_ref + panel * ld + t.row : s.gain;
+  reference(t, s.tile, raw, s.ref);
+  sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
+    T* __restrict x = s.tile + c * kRowBlock;
+    const T* __restrict ref = s.ref;
+    if (!w.keep) {
+      for (int r = 0; r < t.lanes; ++r) sum[r] += E::psi(x[r], ref[r]);
+      return;
+    }
+    T* __restrict kept = w.keep + (t.col + c) * ld + t.row;
+    if (p.clip == T(0)) {
+      for (int r = 0; r < t.lanes; ++r) sum[r] += kept[r] = E::phi(x[r], ref[r]);
+      return;
+    }
+    for (int r = 0; r < t.lanes; ++r) {
+      const T e = E::phi(x[r], ref[r]);
+      sum[r] += e;
+      kept[r] = e == T(0) ? T(0) : e * slope(x[r], p.clip);  // the slope of an own pair's -inf is -inf
+    }
+  });
+  for (std::int64_t r = 0; r < t.rows; ++r) {
+    const T before = w.ref[t.row + r], now = raw[r] > before ? raw[r] : before;
+    const double to = double(finite(now));
+    w.sum[t.row + r] = w.sum[t.row + r] * exp(double(before) - to) + double(s.total[r]) * exp(double(s.ref[r]) - to);
+    w.ref[t.row + r] = now;
+  }
+}
+
+template <class T>
+void weigh(const Pairs<T>& p, const Weigh<T>& w, std::int64_t begin, std::int64_t end, std::int64_t panel,
+           void* memory) {
+  const Scratch<T> s(memory);
+  for (std::int64_t r = 0; r < p.R; ++r) w.ref[r] = T(-__builtin_inf()), w.sum[r] = 0;
+  for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
+    for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
+      const Tile t = tile_at(p, col, end, row);
+      score(p, t, s.tile);
+      for (std::int64_t c = 0; c < t.cols; ++c) {
+        each_own(p, t, c, s.tile + c * kRowBlock, [&](T& x, std::int64_t own) { w.positives[own] = x; });
+      }
+      with_estimator(p.estimator, [&](auto estimator) {
+        using E = decltype(estimator);
+        weigh_tile<E>(p, w, t, s, panel, FamilyOf<E::family == Family::pointwise>{});
+      });
+    }
+  }
+}
+
+// The final weights of a tile whose unscaled ones were kept.
+template <class T>
+void take_kept(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T>& s, std::int64_t panel) {
+  const std::int64_t ld = padded(p.R, kLanes<T>);
+  const T* panel_ref = a.panel_ref + panel * ld + t.row;
+  for (std::int64_t r = 0; r < t.lanes; ++r) {
+    s.gain[r] = r < t.rows ? a.alpha[t.row + r] * exp(panel_ref[r] - a.ref[t.row + r]) : T(0);
+  }
+  for (std::int64_t c = 0; c < t.cols; ++c) {
+    const T* __restrict kept = a.keep + (t.col + c) * ld + t.row;
+    const T* __restrict gain = s.gain;
+    T* __restrict x = s.tile + c * kRowBlock;
+    for (std::int64_t r = 0; r < t.lanes; ++r) x[r] = kept[r] * gain[r];
+    each_own(p, t, c, x, [&](T& entry, std::int64_t own) {
+      entry = a.own ? a.own[own - p.row0 * p.L] * slope(a.positives[own], p.clip) : T(0);
+    });
+  }
+}
+
+// The final weights of a tile, scored again or for the first time, with alpha known; sums of psi on the way.
+template <class E, class T>
+void map_known(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T>& s) {
+  for (std::int64_t r = 0; r < t.lanes; ++r) {
+    s.gain[r] = r < t.rows ? a.alpha[t.row + r] : T(0);
+    s.ref[r] = a.ref && r < t.rows ? a.ref[t.row + r] : T(0);
+  }
+  sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
+    T* __restrict x = s.tile + c * kRowBlock;
+    const T* __restrict ref = s.ref;
+    const T* __restrict gain = s.gain;
+    const Own own = own_rows(p, t, c);
+    if (p.clip == T(0)) {
+      for (int r = 0; r < t.lanes; ++r) {
+        const T score = x[r];
+        sum[r] += own.has(r) ? T(0) : E::psi(score, ref[r]);
+        x[r] = own.has(r) ? score : E::phi(score, ref[r]) * gain[r];
+      }
+    } else {
+      for (int r = 0; r < t.lanes; ++r) {
+        const T score = x[r];
+        sum[r] += own.has(r) ? T(0) : E::psi(score, ref[r]);
+        x[r] = own.has(r) ? score : E::phi(score, ref[r]) * gain[r] * slope(score, p.clip);
+      }
+    }
+    each_own(p, t, c, x,
+             [&](T& entry, std::int64_t pair) { entry = a.own[pair - p.row0 * p.L] * slope(entry, p.clip); });
+  });
+  for (std::int64_t r = 0; r < t.rows; ++r) a.sum[t.row + r] += double(s.total[r]);
+}
+
+template <class T>
+void accumulate(const Pairs<T>& p, const Accumulate<T>& a, std::int64_t begin, std::int64_t end, std::int64_t panel,
+                void* memory) {
+  const Scratch<T> s(memory);
+  for (std::int64_t r = 0; a.sum && r < p.R; ++r) a.sum[r] = 0;
+  for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
+    for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
+      const Tile t = tile_at(p, col, end, row);
+      if (a.keep) {
+        take_kept(p, a, t, s, panel);
+      } else {
+        score(p, t, s.tile);
+        with_estimator(p.estimator, [&](auto estimator) { map_known<decltype(estimator)>(p, a, t, s); });
+      }
+      for (std::int64_t k = 0; a.grad_c && k < p.K; k += kLanes<T>) {
+        product<T, false>(t.cols, least(kLanes<T>, p.K - k), t.rows, s.tile, kRowBlock,
+                          p.g_by_channel + k * p.R + row * kLanes<T>, a.grad_c + col * p.K + k, p.K,
+                          a.add_c || row > 0);
+      }
+      for (std::int64_t k = 0; a.grad_h && k < p.K; k += kLanes<T>) {
+        const std::int64_t columns = least(kLanes<T>, p.K - k);
+        pack_strip(p.c + col * p.ldc + k, p.ldc, t.cols, columns, s.strip);
+        product<T, true>(t.rows, columns, t.cols, s.tile, kRowBlock, s.strip, a.grad_h + row * p.K + k, p.K,
+                         a.add_h || col > begin);
+      }
+    }
+  }
+}
+
+template <class T>
+void pack(const Pairs<T>& p, T* by_row, T* by_channel) {
+  constexpr std::int64_t lanes = kLanes<T>;
+  for (std::int64_t row = 0; by_row && row < p.R; row += lanes) {
+    for (std::int64_t k = 0; k < p.K; ++k) {
+      for (std::int64_t r = 0; r < lanes; ++r) {
+        by_row[row * p.K + k * lanes + r] = row + r < p.R ? p.g[(row + r) * p.K + k] : T(0);
+      }
+    }
+  }
+  for (std::int64_t k = 0; by_channel && k < p.K; k += lanes) {
+    pack_strip(p.g + k, p.K, p.R, least(lanes, p.K - k), by_channel + k * p.R);
+  }
+}
+
+inline constexpr Isa isa = {
+    DK_ISA_NAME, kLanes<float>, kLanes<double>, kPanel,        Scratch<float>::bytes, Scratch<double>::bytes,
+    pack<float>, pack<double>,  weigh<float>,   weigh<double>, accumulate<float>,     accumulate<double>,
+};
+
+}  // namespace DK_ISA
+}  // namespace dimkern
