@@ -26,11 +26,11 @@ from oracle import (
     problems,
     reductions,
     slack,
+    watch_plans,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
 from dimkern import ops
-from dimkern import plan as plan_module
 from dimkern.estimators import REGISTRY
 
 ESTIMATORS = list(REGISTRY)
@@ -77,23 +77,6 @@ FORCED = {  # images in a block of rows and of columns, of 9
 }
 
 
-@pytest.fixture
-def force(monkeypatch):
-    """Replaces what the plan chose by this order and these blocks; lists the plans that were run."""
-    ran = []
-
-    def forced(order, row_images, col_images):
-        def make_plan(problem, budget):
-            plan = plan_module.make_plan(problem, budget)
-            ran.append(dataclasses.replace(plan, order=order, row_images=row_images, col_images=col_images))
-            return ran[-1]
-
-        monkeypatch.setattr(ops, "make_plan", make_plan)
-        return ran
-
-    return forced
-
-
 ORDERS = {"pointwise": ["columns outside"], "row_lse": ["columns outside", "rows outside"]}
 ORDERS["global_lse"] = ORDERS["row_lse"]
 
@@ -109,9 +92,10 @@ ORDERS["global_lse"] = ORDERS["row_lse"]
         if (row.family, order) != ("global_lse", "rows outside") or row_images == 9
     ],
 )
-def test_blocks_and_orders(estimator, order, blocks, force):
+def test_blocks_and_orders(estimator, order, blocks, monkeypatch):
     """Any blocks in either loop order give the same loss and gradients."""
-    ran = force(order, *FORCED[blocks])
+    wanted = dict(zip(("row_images", "col_images"), FORCED[blocks], strict=True), order=order)
+    ran = watch_plans(monkeypatch, lambda plan: dataclasses.replace(plan, **wanted))
     for changes in ({}, {"clip": 3.0}, {"l_layout": "channels_last", "self_mask": "exclude"}, {"l_dtype": BF16}):
         for reduction in {"mean", reductions(estimator)[-1]}:
             case = Case(
@@ -136,9 +120,7 @@ def test_the_plan_uses_both_orders():
 @pytest.fixture
 def plans(monkeypatch):
     """The plans that ran, in order."""
-    ran, make_plan = [], ops.make_plan
-    monkeypatch.setattr(ops, "make_plan", lambda *a: ran.append(make_plan(*a)) or ran[-1])
-    return ran
+    return watch_plans(monkeypatch)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -147,14 +129,14 @@ def test_only_the_products_that_are_needed(estimator, needs, plans, monkeypatch)
     """One product over all pairs for the loss and one for each gradient, counted; nothing else is multiplied."""
     case = Case(N=9, P=2, needs=needs)
     l, m, scale = case.tensors()
-    expected = loss_of(estimator, *(x.detach() for x in (l, m)), scale=scale.detach())
-    assert loss_of(estimator, l, m, scale=scale).requires_grad == bool(needs)
+    expected = loss_of(estimator, *(x.detach() for x in (l, m)), scale=scale.detach(), backend="streaming")
+    assert loss_of(estimator, l, m, scale=scale, backend="streaming").requires_grad == bool(needs)
     plans.clear()
     monkeypatch.setattr(ops, "mean_loss", torch.no_grad()(ops._mean_loss))  # the counter does not look into an op
     products = torch.ops.aten.addmm_, torch.ops.aten.baddbmm_
     in_place = dict.fromkeys(products, lambda _, a, b, **keywords: 2 * math.prod(a) * b[-1])
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        loss = loss_of(estimator, l, m, scale=scale)
+        loss = loss_of(estimator, l, m, scale=scale, backend="streaming")
     assert [plan.gemms for plan in plans] == [1 + len(needs)]
     of_pairs, of_positives = (2 * 18 * images * case.L * case.K for images in (9, 1))
     assert counter.get_total_flops() == (1 + len(needs)) * (of_pairs + of_positives)
@@ -164,11 +146,11 @@ def test_only_the_products_that_are_needed(estimator, needs, plans, monkeypatch)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_no_grad_makes_no_gradient(estimator, plans):
     l, m, scale = Case(P=2).tensors()
-    with_grad = loss_of(estimator, l, m, scale=scale)
+    with_grad = loss_of(estimator, l, m, scale=scale, backend="streaming")
     with torch.no_grad():
-        without = loss_of(estimator, l, m, scale=scale)
+        without = loss_of(estimator, l, m, scale=scale, backend="streaming")
     with torch.inference_mode():
-        inferred = loss_of(estimator, l, m, scale=scale)
+        inferred = loss_of(estimator, l, m, scale=scale, backend="streaming")
     assert [plan.gemms for plan in plans] == [3, 1, 1]
     assert not without.requires_grad
     torch.testing.assert_close(torch.stack([without, inferred]), with_grad.detach().expand(2), rtol=1e-5, atol=1e-6)
