@@ -97,10 +97,19 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
     return run
 
 
+def add_doctor(parser: argparse.ArgumentParser) -> Runner:
+    def run(arguments: argparse.Namespace) -> int:
+        print(dimkern.doctor())
+        return 0
+
+    return run
+
+
 def flag(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Runner]]] = {
     "train": ("train Deep InfoMax on images, probe what it learnt, write a report with plots", add_train),
+    "doctor": ("say what is installed, what was built and which backends serve, for a bug report", add_doctor),
 }

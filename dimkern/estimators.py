@@ -32,7 +32,7 @@ CONSTANTS = {"one": 1.0, "half": 0.5, "quarter": 0.25, "log2": math.log(2.0)}
 # beyond 40 the correction e^-x of softplus is below float64's resolution; torch's default of 20 is not
 _SOFTPLUS = {"beta": 1.0, "threshold": 40.0}
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "softplus": lambda x, out=None: torch._C._nn.softplus(x, **_SOFTPLUS, out=out),
+    "softplus": lambda x, out=None: torch._C._nn.softplus(x, **_SOFTPLUS, out=out),  # type: ignore[call-arg]
     "sigmoid": torch.sigmoid,
     "exp": torch.exp,
 }

@@ -152,14 +152,14 @@ def _loss(
     kappa = L * math.exp(OFFICIAL_SELF_SCORE) if self_mask == "official" else 0.0
     row = REGISTRY[estimator]
 
-    chosen = choose_backend(backend, c.device)
-    if chosen != "reference" and reduction != "none":
+    naive = choose_backend(backend, c.device) == "reference"
+    if not naive and reduction != "none":
         grad = torch.is_grad_enabled()
         grad_c, grad_g = grad and c.requires_grad, grad and (g.requires_grad or factor.requires_grad)
-        loss, positives, negatives, *_ = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g, backend)
-        mean = loss
+        mean, positives, negatives, *_ = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g, backend)
+        loss: Tensor = mean
     else:
-        if chosen == "reference":
+        if naive:
             positives, negatives = reference.scores(c, g, factor, estimator, kappa, clip)
         else:
             positives, negatives, _ = ops.scores(c, g, factor, estimator, kappa, clip, backend)

@@ -18,7 +18,7 @@ def _load() -> str | None:
             "reinstall dimkern with pip install --no-build-isolation"
         )
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the native CPU library does not load: {error}"
     return None
