@@ -29,6 +29,9 @@ class CpuTiles(TorchTiles):
     ) -> None:
         super().__init__(plan, c, g, scale, grad_c, grad_h)
         p = plan.problem
+        for gradient in (grad_c, grad_h):
+            if gradient is not None:
+                _native.advise.default(gradient)
         self._own_scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
         self._own_seen = [False] * p.N
         self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
@@ -54,6 +57,13 @@ class CpuTiles(TorchTiles):
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         return self._accumulate_native(rows, cols, None, None, ref, alpha, own)
+
+    def _buffer(self, name: str, size: int) -> Tensor:
+        fresh = name not in self._buffers
+        buffer = super()._buffer(name, size)
+        if fresh:
+            _native.advise.default(buffer)
+        return buffer
 
     def _weigh(self, rows: slice, cols: slice, keep: Tensor | None, panel_ref: Tensor | None) -> tuple[Tensor, Tensor]:
         g, c = self._matrices(rows, cols)

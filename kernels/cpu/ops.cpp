@@ -3,7 +3,9 @@
 // Against LibTorch's stable ABI (2.10 and later), without Python.h: loaded by torch.ops.load_library. Columns are
 // split evenly among the threads, so that the result depends on their number alone.
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -255,14 +257,15 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
   });
 }
 
-// Ask for huge pages under a large fresh tensor: its first touch costs 500 times fewer page faults.
+// Ask for huge pages under a large fresh tensor, whose first touch is mostly page faults otherwise: 8 to 25 % of a
+// whole loss from N=64, L=64, K=512 on. A small one shares its pages with others and gains nothing.
 void advise(const Tensor& x) {
 #if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = 2 << 20;
+  constexpr std::uintptr_t page = 2 << 20, worth = 4 * page;
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x.data_ptr());
   const std::uintptr_t end = begin + x.numel() * (x.scalar_type() == ScalarType::Double ? 8 : 4);
   const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (end - begin >= worth) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }
 
