@@ -4,7 +4,9 @@ import pytest
 import torch
 
 
-def pytest_configure():
+def pytest_configure(config):
+    # these tests pass without the native library too; that it warns is a test of its own
+    config.addinivalue_line("filterwarnings", "ignore:the native CPU library:UserWarning")
     torch.set_num_threads(1)  # pytest-xdist is the parallelism
 
 
