@@ -46,8 +46,8 @@ class Session:
     rounds: int
     patience: float
     memory: Memory | None
-    # seconds a call took at the last shape and the scratch it used there, by contender, dtype and estimator
-    pace: dict[tuple[str, str, str], tuple[float, int]] = field(default_factory=dict)
+    # seconds for each unit of cost at the last shape, by contender, dtype and estimator
+    pace: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
     def run(self, grid: Sequence[Case], estimators: list[str], dtypes: list[str]) -> list[Row]:
         """One row for each case, dtype, estimator and contender."""
@@ -73,8 +73,8 @@ class Session:
             if entry.reason is None:
                 errors = entry.admit(l, m, true, oracle.budget(DTYPES[dtype], eager), self.patience)
                 eager = errors if entry.contender.name == "eager" else eager
-            if entry.status == "ok":
-                self.pace[entry.contender.name, dtype, estimator] = entry.foreseen, entry.contender.scratch(case)
+            if entry.status == "ok" and entry.contender.cost is not None:
+                self.pace[entry.contender.name, dtype, estimator] = entry.foreseen / entry.contender.cost(case)
         del true
 
         ready = {name: entry for name, entry in entries.items() if entry.status == "ok"}
@@ -98,9 +98,11 @@ class Session:
         scratch = entry.contender.scratch(entry.case)
         if scratch > _MEMORY_SHARE * _free_memory():
             return f"needs about {scratch / 1e9:.0f} GB"
-        seconds, before = self.pace.get((entry.contender.name, entry.dtype, entry.estimator), (0.0, 0))
-        if before and seconds * scratch / before > self.patience:
-            return f"about {seconds * scratch / before:.0f} s a call (--patience {self.patience:g})"
+        if entry.contender.cost is not None:
+            pace = self.pace.get((entry.contender.name, entry.dtype, entry.estimator), 0.0)
+            seconds = pace * entry.contender.cost(entry.case)
+            if seconds > self.patience:
+                return f"about {seconds:.0f} s a call (--patience {self.patience:g})"
         return None
 
 
@@ -275,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders, by the start of their names")
     parser.add_argument(
         "--patience", type=float, default=10.0, metavar="S",
-        help="seconds a contender may take for its rounds of a shape; slower ones get fewer rounds, and shapes "
-        "where one call is foreseen to take longer are skipped (default: %(default)s)",
+        help="seconds a contender may take for its rounds of a shape; slower ones get fewer rounds, and the "
+        "reference formula and KeOps are skipped where one call is foreseen to take longer (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples, errors and versions")

@@ -40,6 +40,8 @@ class Contender:
     losses: dict[str, Loss]  # by estimator
     why_not: Callable[[Case, torch.dtype], str | None] = lambda case, dtype: None
     scratch: Callable[[Case], int] = lambda case: 0  # bytes it will allocate, roughly: what does not fit is not tried
+    # what its time grows with, where that soon exceeds anyone's patience
+    cost: Callable[[Case], int] | None = None
     compiled: bool = False
 
     def reason(self, estimator: str, case: Case, dtype: torch.dtype) -> str | None:
@@ -97,10 +99,10 @@ def contenders() -> list[Contender]:
         *(_ours(name) for name in dimkern.BACKENDS if name != "reference" and why_not(name, _CPU) is None),
         Contender("eager", "closed-form eager", _EAGER, scratch=pair_tensors),
         Contender("compile", "torch.compile of it", _EAGER, _no_compiler, pair_tensors, compiled=True),
-        Contender("reference", "reference formula", _REFERENCE, scratch=_logits),
-        Contender("reference-rows", "reference formula, last axis", {"infonce": reference_rows}, scratch=_logits),
+        Contender("reference", "reference formula", _REFERENCE, scratch=_logits, cost=_logits),
+        Contender("reference-rows", "its softmax over the last axis", _ROWS, scratch=_logits, cost=_logits),
         Contender("linear-ce", "F.linear_cross_entropy", {"infonce": linear_cross_entropy}, _not_linear_ce),
-        Contender("keops", "KeOps", {"infonce": keops}, _no_keops),
+        Contender("keops", "KeOps", {"infonce": keops}, _no_keops, cost=lambda case: case.pairs * case.K),
     ]
 
 
@@ -199,6 +201,7 @@ def keops(l: Tensor, m: Tensor) -> Tensor:
 _CPU = torch.device("cpu")
 _EAGER: dict[str, Loss] = {"infonce": eager_infonce, "jsd": eager_jsd, "dv": eager_dv}
 _REFERENCE: dict[str, Loss] = {"infonce": reference_infonce, "jsd": reference_jsd}  # its DV raises
+_ROWS: dict[str, Loss] = {"infonce": reference_rows}
 
 
 def _matrices(l: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
