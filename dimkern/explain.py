@@ -11,7 +11,7 @@ from .config import memory_budget
 from .estimators import REGISTRY
 from .native import instruction_sets
 from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, why_not
-from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair
+from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction
 
 
 def explain(
@@ -37,7 +37,7 @@ def explain(
     check_pair(l, m, c, g)
     estimator = loss.lower() if isinstance(loss, str) else loss
     check_choice("loss", estimator, tuple(REGISTRY))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction(estimator, reduction)
     chosen = choose_backend(backend, c.device)
     problem = describe(
         estimator, c, g, clip=check_clip(clip), grad_locals=l.requires_grad, grad_summaries=m.requires_grad,

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops, reference
 from .estimators import OFFICIAL_SELF_SCORE, REGISTRY, item_losses, mutual_information
 from .plan import choose_backend
-from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_scale
+from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
 
 _MEASURES = ("GAN", "JSD", "X2", "KL", "RKL", "H2", "W1", "DV")
 
@@ -62,7 +62,7 @@ def infonce_loss(
         TypeError: inputs that are no floating-point tensors.
     """
     check_choice("self_mask", self_mask, ("official", "exclude"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_reduction("infonce", reduction)
     return _loss("infonce", l, m, self_mask, scale, clip, reduction, backend, return_parts)
 
 
@@ -97,10 +97,11 @@ def fenchel_dual_loss(
     Raises:
         ValueError, TypeError: as for `infonce_loss`.
     """
-    name = measure.upper() if isinstance(measure, str) else measure
-    check_choice("measure", name, _MEASURES)
-    check_choice("reduction", reduction, ("mean",) if name == "DV" else ("mean", "none"))
-    return _loss(name.lower(), l, m, "exclude", scale, clip, reduction, backend, return_parts)
+    if not isinstance(measure, str) or measure.upper() not in _MEASURES:
+        check_choice("measure", measure, _MEASURES)
+    estimator = measure.lower()
+    check_reduction(estimator, reduction)
+    return _loss(estimator, l, m, "exclude", scale, clip, reduction, backend, return_parts)
 
 
 def donsker_varadhan_loss(
@@ -144,11 +145,11 @@ def _loss(
     backend: str,
     return_parts: bool,
 ) -> Tensor | LossParts:
-    c, g = as_locals(l), as_summaries(m)  # (N, L, K), (N, P, K)
+    c, g = as_locals(l), as_summaries(m)  # (N, L, K) or (N, H, W, K), (N, P, K)
     check_pair(l, m, c, g)
     clip = check_clip(clip)
     factor = check_scale(scale, c, g)
-    N, L, _ = c.shape
+    N, L = c.shape[0], c.shape[1:-1].numel()
     kappa = L * math.exp(OFFICIAL_SELF_SCORE) if self_mask == "official" else 0.0
     row = REGISTRY[estimator]
 

@@ -2,6 +2,8 @@
 
 Two ops pose one Problem:
 
+Local features come as (N, L, K) with any strides, or as (N, H, W, K) where no strides of (N, L, K) describe them.
+
 - `mean_loss` returns the mean loss with its gradients already made (three GEMMs); backward multiplies
   them by the upstream scalar.
 - `scores` returns the statistics that every other reduction is a small formula of; its backward, given
@@ -57,10 +59,13 @@ def _gradients(c: Tensor, g: Tensor, grad_c: bool, grad_g: bool) -> tuple[Tensor
     )
 
 
-def _tiles(plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor, grad_h: Tensor) -> streaming.Tiles:
-    p = plan.problem
-    tiles = CpuTiles if plan.backend == "cpu" else TorchTiles
-    return tiles(plan, c, g, scale, grad_c if p.grad_locals else None, grad_h if p.grad_summaries else None)
+def _tiles(
+    plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor | None = None, grad_h: Tensor | None = None
+) -> streaming.Tiles:
+    backend = CpuTiles if plan.backend == "cpu" else TorchTiles
+    d_c = grad_c.flatten(1, -2) if grad_c is not None and grad_c.numel() else None
+    d_h = grad_h if grad_h is not None and grad_h.numel() else None
+    return backend(plan, c, g, scale, d_c, d_h)
 
 
 def _mean_loss(
@@ -81,10 +86,12 @@ def _mean_loss(
 def _scores(
     c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, backend: str = "streaming"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # planned as the backward will be, so that a budget which suffices here suffices there
+    problem = describe(estimator, c, g, clip=clip, grad_locals=True, grad_summaries=True, weights_known=True)
     budget = memory_budget(c.device)
-    plan = plan_for(describe(estimator, c, g, clip=clip, grad_locals=False, grad_summaries=False), budget, backend)
+    plan = plan_for(problem, budget, backend)
     with _no_autocast(c):
-        positives, negatives = streaming.measure(_tiles(plan, c, g, scale, c, g), plan, kappa)
+        positives, negatives = streaming.measure(_tiles(plan, c, g, scale), plan, kappa)
     return positives, negatives.to(positives.dtype, copy=True), torch.tensor(budget, dtype=torch.int64)
 
 
@@ -114,7 +121,7 @@ _library.impl("scores_backward", _sweep, "CompositeExplicitAutograd")
 @torch.library.register_fake("dimkern::mean_loss", lib=_library)
 def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend="streaming"):
     dtype = score_dtype_of(c.dtype, g.dtype)
-    (N, L, _), P = c.shape, g.shape[1]
+    (N, P, _), L = g.shape, c.shape[1:-1].numel()
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
     return c.new_empty((), dtype=dtype), *statistics, *_gradients(c, g, grad_c, grad_g)
 
@@ -122,7 +129,7 @@ def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend
 @torch.library.register_fake("dimkern::scores", lib=_library)
 def _scores_fake(c, g, scale, estimator, kappa, clip, backend="streaming"):
     dtype = score_dtype_of(c.dtype, g.dtype)
-    (N, L, _), P = c.shape, g.shape[1]
+    (N, P, _), L = g.shape, c.shape[1:-1].numel()
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
     return *statistics, torch.empty((), dtype=torch.int64)
 
@@ -144,33 +151,48 @@ def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):
     )
 
 
+class _Once(torch.autograd.Function):
+    """A gradient as it is; asking for its derivative by the inputs it was made from is an error."""
+
+    @staticmethod
+    def forward(ctx, gradient, *made_from):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_SECOND_DERIVATIVE)
+
+
 def _mean_loss_context(ctx, inputs, output):
     c, g, scale, *_ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(g, scale, *output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    # c only where nothing else would tell a second derivative what it is asked for
+    ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[1:3]) else c, *output[3:])
     ctx.c_dtype = c.dtype
 
 
-def _mean_loss_backward(ctx, d_loss, d_positives, d_negatives, d_grad_c, d_grad_h):
-    if d_grad_c is not None or d_grad_h is not None:
-        raise RuntimeError(_SECOND_DERIVATIVE)
+def _mean_loss_backward(ctx, d_loss, *_):
     if d_loss is None:  # a later function that gives no gradient
         return (None,) * 9
-    g, scale, grad_c, grad_h = ctx.saved_tensors
-    return *_by_inputs(ctx, _scaled(grad_c, d_loss), _scaled(grad_h, d_loss), ctx.c_dtype, g, scale), *[None] * 6
+    g, scale, c, grad_c, grad_h = ctx.saved_tensors
+    gradients = _by_inputs(ctx, _scaled(grad_c, d_loss), _scaled(grad_h, d_loss), ctx.c_dtype, g, scale)
+    if torch.is_grad_enabled():
+        gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
+    return *gradients, *[None] * 6
 
 
 def _scaled(gradient, upstream):
-    """A saved gradient times the upstream factor; in its own memory where nobody can ask for it again.
+    """A saved gradient times the upstream factor.
 
     In float32 until the factor is in: a float16 gradient would underflow before a loss scale reaches it.
     """
-    # the copy would cost as much as a tenth of the whole loss at N = 64
-    if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return gradient * upstream
-    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient.detach()
-    return gradient.detach().mul_(upstream)
+    # loss.backward() gives a factor of 1, and a pass over the gradients costs up to a tenth of a whole loss; nobody
+    # else holds them unless the graph is kept
+    kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
+    if not kept and type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient
+    return gradient * upstream
 
 
 def _scores_context(ctx, inputs, output):

@@ -67,7 +67,7 @@ class Problem:
 
 def describe(
     estimator: str,
-    c: Tensor,  # (N, L, K)
+    c: Tensor,  # (N, L, K), or (N, H, W, K) where H and W do not merge
     g: Tensor,  # (N, P, K)
     *,
     clip: float | None,
@@ -76,7 +76,7 @@ def describe(
     weights_known: bool = False,
 ) -> Problem:
     """The Problem that these tensors pose."""
-    N, L, K = c.shape
+    N, L, K = c.shape[0], c.shape[1:-1].numel(), c.shape[-1]
     score_dtype = score_dtype_of(c.dtype, g.dtype)
     staged = c.dtype != score_dtype or not is_matrix_view(c)
     return Problem(
@@ -91,7 +91,9 @@ def score_dtype_of(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def is_matrix_view(c: Tensor) -> bool:
-    """(N, L, K) reads as a row-major (N·L, K) matrix without a copy."""
+    """c reads as a row-major (N·L, K) matrix without a copy."""
+    if c.ndim == 4:
+        return False
     N, L, K = c.shape
     rows_merge = N == 1 or L == 1 or c.stride(0) == L * c.stride(1)
     row_stride = c.stride(1) if L > 1 else c.stride(0)
@@ -176,14 +178,6 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
         kept = order == "rows outside"
         return Plan(p, backend, order, row_images, col_images, budget, footprint(p, row_images, col_images, kept))
 
-    smallest = plan("columns outside", 1, 1)
-    if smallest.scratch > budget:
-        raise ValueError(
-            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs "
-            f"at least {format_bytes(_rounded_up(smallest.scratch))}: raise it with dimkern.config(memory_budget=...) "
-            "or the environment variable DIMKERN_MEMORY_BUDGET"
-        )
-
     def tiled(order: str, row_images: int) -> Plan:
         """The widest column blocks beside this many rows that the backend wants and the budget admits."""
         col_images = widest(p, row_images)
@@ -206,7 +200,13 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
             blocks = max(blocks + 1, -(-p.N // (row_images - 1)))
 
     lean = tallest("columns outside")
-    assert lean is not None
+    if lean is None:
+        least = _rounded_up(plan("columns outside", 1, 1).scratch)
+        raise ValueError(
+            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs "
+            f"at least {format_bytes(least)}: raise it with dimkern.config(memory_budget=...) "
+            "or the environment variable DIMKERN_MEMORY_BUDGET"
+        )
     if p.row.family == "pointwise" or p.weights_known or not p.needs_grad:
         return lean
     fast = tallest("rows outside")
@@ -217,7 +217,7 @@ def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
     chosen = choose_backend(backend, problem.device)
     if backend == "auto" and chosen == "cpu" and _cpu_bytes(problem, 1, 1, False) > budget:
-        chosen = "streaming"
+        chosen = "streaming"  # whose tiles can be smaller
     elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
         warn_once(str(why_not("cpu", problem.device)))
     return make_plan(problem, budget, chosen)
@@ -236,7 +236,8 @@ def _all_columns(p: Problem, row_images: int) -> int:
 
 def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     rows, cols = row_images * p.P, col_images * p.L
-    tiles = 1 + (not p.row.shares_map) + (p.clip is not None)  # scores, psi, the soft clip's slope
+    beside = not (p.row.shares_map and p.row.phi.in_place)  # psi, or what phi is made from
+    tiles = 1 + beside + (p.clip is not None)  # the soft clip's slope
     products = rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G, then alpha∘(E·C)
     kept_bytes = rows * p.N * p.L * p.itemsize if kept else 0
     return _common_bytes(p, rows, col_images) + rows * cols * tiles * p.itemsize + products + kept_bytes

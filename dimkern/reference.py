@@ -17,10 +17,10 @@ from .streaming import Scores
 
 
 def scores(c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None) -> Scores:
-    """The statistics of all pairs of c (N, L, K) and g (N, P, K), differentiable by both and by scale."""
+    """The statistics of all pairs of c (N, ..., K) and g (N, P, K), differentiable by both and by scale."""
     dtype = score_dtype_of(c.dtype, g.dtype)
     with torch.autocast(c.device.type, enabled=False):
-        s = torch.einsum("ipk,jlk->ipjl", g.to(dtype) * scale.to(dtype), c.to(dtype))
+        s = torch.einsum("ipk,jlk->ipjl", g.to(dtype) * scale.to(dtype), c.flatten(1, -2).to(dtype))
         if clip is not None:
             s = clip * torch.tanh(s / clip)
         return Scores(s.diagonal(dim1=0, dim2=2).permute(2, 0, 1), _negatives(REGISTRY[estimator], s, kappa))

@@ -8,18 +8,20 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .estimators import REGISTRY
 from .plan import score_dtype_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def as_locals(l: Tensor) -> Tensor:
-    """Local features (N, K, L) or (N, K, H, W) as (N, L, K): a view, unless H and W cannot be merged."""
+    """Local features (N, K, L) or (N, K, H, W) as a view (N, L, K), or (N, H, W, K) where H and W do not merge."""
     _check_tensor("l", l, "(N, K, L) or (N, K, H, W)", (3, 4))
     if l.ndim == 3:
         return l.transpose(1, 2)
-    N, K, H, W = l.shape
-    return l.permute(0, 2, 3, 1).reshape(N, H * W, K)
+    c = l.permute(0, 2, 3, 1)
+    merges = l.shape[2] == 1 or l.shape[3] == 1 or l.stride(2) == l.shape[3] * l.stride(3)
+    return c.flatten(1, 2) if merges else c
 
 
 def as_summaries(m: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def as_summaries(m: Tensor) -> Tensor:
 
 def check_pair(l: Tensor, m: Tensor, c: Tensor, g: Tensor) -> None:
     """The two inputs belong together and have negatives."""
-    for letter, of_l, of_m in (("N", c.shape[0], g.shape[0]), ("K", c.shape[2], g.shape[2])):
+    for letter, of_l, of_m in (("N", c.shape[0], g.shape[0]), ("K", c.shape[-1], g.shape[-1])):
         if of_l != of_m:
             raise ValueError(
                 f"l and m disagree on {letter}: l is {tuple(l.shape)} with {letter}={of_l}, "
@@ -78,6 +80,12 @@ def check_clip(clip: float | None) -> float | None:
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_reduction(estimator: str, reduction: str) -> None:
+    """InfoNCE is a mean over pairs, a divergence over summaries; DV's one logarithm joins all negatives."""
+    accepted = {"row_lse": ("mean", "sum", "none"), "pointwise": ("mean", "none"), "global_lse": ("mean",)}
+    check_choice("reduction", reduction, accepted[REGISTRY[estimator].family])
 
 
 def _check_tensor(name: str, x: Tensor, accepted: str, ranks: tuple[int, ...]) -> None:

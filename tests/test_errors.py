@@ -130,7 +130,6 @@ def test_a_budget_that_is_too_small_says_what_is_enough(loss):
             loss(l, m)
 
 
-@pytest.mark.xfail(strict=True, reason="the forward of reduction='none' plans without its backward")
 def test_a_budget_too_small_for_the_backward_is_refused_by_the_forward():
     """reduction="none" makes its gradients later: what they need is known, and said, at once."""
     l, m = torch.ones(4, 300, 2, requires_grad=True), torch.ones(4, 300, requires_grad=True)

@@ -5,8 +5,6 @@ Owns the scaled summaries, the staging of local features and the scratch tiles o
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,7 @@ class TorchTiles:
     def __init__(
         self,
         plan: Plan,
-        c: Tensor,  # (N, L, K) any strides, any floating dtype
+        c: Tensor,  # (N, L, K) or (N, H, W, K), any strides, any floating dtype
         g: Tensor,  # (N, P, K)
         scale: Tensor,  # 0-d
         grad_c: Tensor | None,  # (N, L, K) score dtype, contiguous, uninitialised
@@ -169,12 +167,12 @@ class TorchTiles:
         """Local features of some images, (cols, L, K) with a matrix's strides: a view, or staged once per block."""
         if not self._p.staged:
             return self._c[cols]
-        shape = (cols.stop - cols.start, self._p.L, self._p.K)
-        block = self._buffer("staging", self._plan.col_images * self._p.L * self._p.K)[: math.prod(shape)].view(shape)
+        c = self._c[cols]
+        block = self._buffer("staging", self._plan.col_images * self._p.L * self._p.K)[: c.numel()].view(c.shape)
         if self._staged != cols:
-            block.copy_(self._c[cols])
+            block.copy_(c)
             self._staged = cols
-        return block
+        return block.flatten(1, -2)
 
     def _kept_tile(self, rows: slice, cols: slice) -> Tensor:
         """This column block's place among the weights kept for a row block."""
