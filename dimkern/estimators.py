@@ -48,50 +48,52 @@ class Term:
     """
 
     def __init__(self, text: str) -> None:
-        self._tree = ast.parse(text, mode="eval").body
-        self.in_place = sum(isinstance(n, ast.Name) and n.id == "s" for n in ast.walk(self._tree)) <= 1
-        self._check(self._tree, text)
-
-    def _check(self, node: ast.expr, text: str) -> bool:
-        """Whether a subterm is a tensor, not a constant; what the three languages do not share is refused."""
-        match node:
-            case ast.Name(id="s" | "ref"):
-                return True
-            case ast.Name(id=name) if name in CONSTANTS:
-                return False
-            case ast.UnaryOp(op=ast.USub(), operand=argument) if self._check(argument, text):
-                return True
-            case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
-                if self._check(argument, text):
-                    return True
-            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-                if not (isinstance(left, ast.Name) or isinstance(right, ast.Name)):
-                    raise ValueError(f"estimator term {text!r}: {ast.unparse(node)!r} has two compound sides")
-                if self._check(left, text) | self._check(right, text):
-                    return True
-        raise ValueError(f"estimator term {text!r} may not contain {ast.unparse(node)!r}")
+        tree = ast.parse(text, mode="eval").body
+        self.in_place = sum(isinstance(n, ast.Name) and n.id == "s" for n in ast.walk(tree)) <= 1
+        self._step = _compile(tree, text)
 
     def __call__(self, s: Tensor, ref: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        result = self._evaluate(self._tree, {**CONSTANTS, "s": s, "ref": ref}, out)
-        if isinstance(result, Tensor) and result is not s:
+        if not callable(self._step):
+            return torch.full_like(s, self._step) if out is None else out.fill_(self._step)
+        result = self._step(s, ref, out)
+        if result is not s:
             return result
-        out = torch.empty_like(s) if out is None else out
-        return out.copy_(result) if isinstance(result, Tensor) else out.fill_(result)
+        return s.clone() if out is None else out.copy_(s)
 
-    def _evaluate(self, node: ast.expr, names: dict[str, Tensor | float | None], out: Tensor | None) -> Tensor | float:
-        match node:
-            case ast.Name(id=name):
-                return names[name]  # type: ignore[return-value]
-            case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return torch.neg(self._evaluate(operand, names, out), out=out)  # type: ignore[arg-type]
-            case ast.Call(func=ast.Name(id=name), args=[argument]):
-                return FUNCTIONS[name](self._evaluate(argument, names, out), out=out)
-            case ast.BinOp(left=left, op=op, right=right):
-                a, b = self._evaluate(left, names, out), self._evaluate(right, names, out)
-                if not isinstance(a, Tensor):
-                    a = torch.as_tensor(a, dtype=b.dtype, device=b.device)  # type: ignore[union-attr]
-                return _OPERATORS[type(op)](a, b, out=out)
-        raise ValueError(f"an estimator term may not contain {ast.unparse(node)!r}")
+
+_Step = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]  # (s, ref, out) -> the value of a subterm
+
+
+def _compile(node: ast.expr, text: str) -> _Step | float:
+    """A subterm as a function, or a constant as its value; what the three languages do not share is refused."""
+    match node:
+        case ast.Name(id="s"):
+            return lambda s, ref, out: s
+        case ast.Name(id="ref"):
+            return lambda s, ref, out: ref  # type: ignore[return-value]
+        case ast.Name(id=name) if name in CONSTANTS:
+            return CONSTANTS[name]
+        case ast.UnaryOp(op=ast.USub(), operand=argument):
+            return _applied(torch.neg, _compile(argument, text), node, text)
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in FUNCTIONS:
+            return _applied(FUNCTIONS[name], _compile(argument, text), node, text)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            if not (isinstance(left, ast.Name) or isinstance(right, ast.Name)):
+                raise ValueError(f"estimator term {text!r}: {ast.unparse(node)!r} has two compound sides")
+            a, b, operator = _compile(left, text), _compile(right, text), _OPERATORS[type(op)]
+            if callable(a) and callable(b):
+                return lambda s, ref, out: operator(a(s, ref, out), b(s, ref, out), out=out)
+            if callable(a):
+                return lambda s, ref, out: operator(a(s, ref, out), b, out=out)
+            if callable(b):
+                return lambda s, ref, out: operator(torch.full((), a, dtype=s.dtype), b(s, ref, out), out=out)
+    raise ValueError(f"estimator term {text!r} may not contain {ast.unparse(node)!r}")
+
+
+def _applied(function: Callable[..., Tensor], argument: _Step | float, node: ast.expr, text: str) -> _Step:
+    if not callable(argument):
+        raise ValueError(f"estimator term {text!r} may not contain {ast.unparse(node)!r}, a constant")
+    return lambda s, ref, out: function(argument(s, ref, out), out=out)
 
 
 @dataclass(frozen=True)

@@ -83,15 +83,16 @@ def doctor() -> str:
     """Versions, devices and which backends serve them, as text to paste into a bug report."""
     from . import __version__
 
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
     lines = [
         f"dimkern {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
         f"native library: {instruction_sets()}",
-        f"accelerator: {torch.accelerator.current_accelerator() or 'none'}",
+        f"accelerator: {accelerator or 'none'}",
         f"memory budget on the CPU: {format_bytes(memory_budget(torch.device('cpu')))}",
         "backends:",
     ]
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     lines += [f"  {name}: {why_not(name, device) or 'available'}" for name in BACKENDS]
     return "\n".join(lines)
 
