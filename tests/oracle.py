@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 import dimkern
 from dimkern import ops
+from dimkern.native import WHY_NOT_LOADED
 from dimkern.plan import Plan, Problem, describe, make_plan
 from dimkern.validate import as_locals, as_summaries
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F64, F32, BF16, F16)
+BACKENDS = ["streaming"] + (["cpu"] if WHY_NOT_LOADED is None else [])  # held to one error budget
 
 
 def sp(z):
@@ -50,12 +52,9 @@ def items(estimator, s, self_mask):
     positives, negatives = split(s)
     if estimator == "infonce":
         if self_mask == "official":
-            phantoms = torch.full_like(positives, -10.0)
-            negatives = torch.cat([negatives, phantoms], -1)
-        logits = torch.cat(
-            [positives.unsqueeze(-1), negatives.unsqueeze(2).expand(*positives.shape, negatives.shape[-1])], -1
-        )
-        return -logits.log_softmax(-1)[..., 0].transpose(1, 2)
+            negatives = torch.cat([negatives, torch.full_like(positives, -10.0)], -1)
+        # -log softmax of the positive, whose weight is not 1 - a rounded probability
+        return sp(negatives.logsumexp(-1, keepdim=True) - positives).transpose(1, 2)
     if estimator == "dv":
         return negatives.flatten().logsumexp(0) - math.log(negatives.numel()) - positives.mean()
     f, h = DIVERGENCES[estimator]
@@ -166,22 +165,23 @@ class Case:
             grad_summaries="m" in self.needs or "s" in self.needs, weights_known=known,
         )  # fmt: skip
 
-    def budget_bytes(self, estimator) -> int:
+    def budget_bytes(self, estimator, backend="streaming") -> int:
         problem = self.problem(estimator)
-        least = least_budget(problem)
-        return least + int(self.budget**3 * max(0, 4 * problem.rows * problem.N * problem.L * problem.itemsize))
+        least = least_budget(problem, backend)
+        roomy = make_plan.__wrapped__(problem, 1 << 40, backend).scratch
+        return least + int(self.budget**3 * max(0, roomy - least))
 
-    def plan(self, estimator) -> Plan:
-        return make_plan(self.problem(estimator), self.budget_bytes(estimator))
+    def plan(self, estimator, backend="streaming") -> Plan:
+        return make_plan(self.problem(estimator), self.budget_bytes(estimator, backend), backend)
 
 
-def least_budget(problem: Problem) -> int:
+def least_budget(problem: Problem, backend="streaming") -> int:
     """The smallest budget that the plan accepts, found without knowing how it counts."""
     low, high = 0, 1 << 40
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            make_plan.__wrapped__(problem, middle)
+            make_plan.__wrapped__(problem, middle, backend)
             high = middle
         except ValueError:
             low = middle
@@ -242,7 +242,7 @@ def _differentiate(case, loss, leaves):
 
 def ours(estimator, case, backend="streaming"):
     l, m, scale = case.tensors()
-    with dimkern.config(memory_budget=case.budget_bytes(estimator)):
+    with dimkern.config(memory_budget=case.budget_bytes(estimator, backend if backend in BACKENDS else "streaming")):
         loss = loss_of(
             estimator, l, m, case.self_mask, scale=scale, clip=case.clip, reduction=case.reduction, backend=backend
         )

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import (
+    BACKENDS,
     BF16,
     DIVERGENCES,
     DTYPES,
@@ -26,14 +27,17 @@ from oracle import (
     problems,
     reductions,
     slack,
+    varied,
     watch_plans,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
 from dimkern import ops
 from dimkern.estimators import REGISTRY
+from dimkern.native import WHY_NOT_LOADED
 
 ESTIMATORS = list(REGISTRY)
+ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
 LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in reductions(estimator)]
 
 
@@ -41,12 +45,13 @@ def test_the_oracle_knows_every_estimator():
     assert set(REGISTRY) == {"infonce", "dv", *DIVERGENCES}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-def test_ragged_problems(estimator, reduction, data):
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+def test_ragged_problems(estimator, reduction, backend, data):
     case = data.draw(problems(reduction=reduction))
-    assert_within_budget(estimator, case, ours(estimator, case))
+    assert_within_budget(estimator, case, ours(estimator, case, backend))
 
 
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
@@ -61,11 +66,25 @@ def test_every_layout(estimator, reduction, dtype):
             assert_within_budget(estimator, case, ours(estimator, case))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason=str(WHY_NOT_LOADED))
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("l_layout", L_LAYOUTS)
+def test_every_layout_native(estimator, l_layout):
+    """Layouts are staged by the code of the streaming backend: fewer estimators suffice."""
+    for m_layout in M_LAYOUTS:
+        for dtype in (F32, F16):
+            case = Case(P=1 if m_layout in ONE_SUMMARY else 2, l_dtype=dtype, l_layout=l_layout, m_layout=m_layout)
+            for reduction in {"mean", reductions(estimator)[-1]}:
+                case = varied(case, reduction=reduction, budget=0.3)
+                assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize(("l_dtype", "m_dtype"), [(F32, F64), (F64, F32), (BF16, F32), (F32, F16), (F16, BF16)])
-def test_mixed_dtypes(estimator, l_dtype, m_dtype):
+def test_mixed_dtypes(estimator, l_dtype, m_dtype, backend):
     case = Case(l_dtype=l_dtype, m_dtype=m_dtype, P=2)
-    assert_within_budget(estimator, case, ours(estimator, case))
+    assert_within_budget(estimator, case, ours(estimator, case, backend))
 
 
 FORCED = {  # images in a block of rows and of columns, of 9
@@ -81,18 +100,17 @@ ORDERS = {"pointwise": ["columns outside"], "row_lse": ["columns outside", "rows
 ORDERS["global_lse"] = ORDERS["row_lse"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("estimator", "order", "blocks"),
     [
         (estimator, order, blocks)
         for estimator, row in REGISTRY.items()
         for order in ORDERS[row.family]
-        for blocks, (row_images, _) in FORCED.items()
-        # DV's one sum closes with the last row: rows outside must be one block of them
-        if (row.family, order) != ("global_lse", "rows outside") or row_images == 9
+        for blocks in FORCED
     ],
 )
-def test_blocks_and_orders(estimator, order, blocks, monkeypatch):
+def test_blocks_and_orders(estimator, order, blocks, backend, monkeypatch):
     """Any blocks in either loop order give the same loss and gradients."""
     wanted = dict(zip(("row_images", "col_images"), FORCED[blocks], strict=True), order=order)
     ran = watch_plans(monkeypatch, lambda plan: dataclasses.replace(plan, **wanted))
@@ -101,15 +119,18 @@ def test_blocks_and_orders(estimator, order, blocks, monkeypatch):
             case = Case(
                 **{"N": 9, "P": 2, "L": 5, "K": 3, "l_dtype": F64, "m_dtype": F64, "reduction": reduction, **changes}
             )
-            assert_within_budget(estimator, case, ours(estimator, case))
+            assert_within_budget(estimator, case, ours(estimator, case, backend))
     assert len(ran) >= 4
+    assert {plan.backend for plan in ran} == {backend}
     assert {(plan.order, plan.row_images, plan.col_images) for plan in ran} == {(order, *FORCED[blocks])}
 
 
-def test_the_plan_uses_both_orders():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_plan_uses_both_orders(backend):
     """Room for a block of everything: rows outside, three products. The least budget: columns outside, four."""
     for estimator, row in REGISTRY.items():
-        roomy, tight = (Case(N=9, budget=budget).plan(estimator) for budget in (1.0, 0.0))
+        # rows enough that the native library's padding to whole strips does not hide a block's height
+        roomy, tight = (Case(N=9, P=40, budget=budget).plan(estimator, backend) for budget in (1.0, 0.0))
         pointwise = row.family == "pointwise"
         assert (roomy.order, roomy.gemms) == ("columns outside" if pointwise else "rows outside", 3)
         assert (tight.order, tight.gemms) == ("columns outside", 3 if pointwise else 4)
@@ -143,20 +164,21 @@ def test_only_the_products_that_are_needed(estimator, needs, plans, monkeypatch)
     torch.testing.assert_close(loss.detach(), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_no_grad_makes_no_gradient(estimator, plans):
+def test_no_grad_makes_no_gradient(estimator, backend, plans):
     l, m, scale = Case(P=2).tensors()
-    with_grad = loss_of(estimator, l, m, scale=scale, backend="streaming")
+    with_grad = loss_of(estimator, l, m, scale=scale, backend=backend)
     with torch.no_grad():
-        without = loss_of(estimator, l, m, scale=scale, backend="streaming")
+        without = loss_of(estimator, l, m, scale=scale, backend=backend)
     with torch.inference_mode():
-        inferred = loss_of(estimator, l, m, scale=scale, backend="streaming")
+        inferred = loss_of(estimator, l, m, scale=scale, backend=backend)
     assert [plan.gemms for plan in plans] == [3, 1, 1]
     assert not without.requires_grad
     torch.testing.assert_close(torch.stack([without, inferred]), with_grad.detach().expand(2), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["streaming", "reference"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
 @pytest.mark.parametrize("clip", [None, 1.5])
 def test_parts(estimator, reduction, clip, backend):
