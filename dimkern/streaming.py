@@ -48,6 +48,9 @@ class Tiles(Protocol):
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         """score + map + accumulate in one, nothing kept; returns the sum of psi, (rows, P)."""
 
+    def whole(self, kappa: float) -> Scores | None:
+        """`mean_loss` of the whole batch in the backend's own hands, where that is better; else None."""
+
     def rescale(self, factor: Tensor) -> None:
         """Multiply every gradient accumulated so far by a 0-d factor."""
 
@@ -82,6 +85,9 @@ def differentiate(tiles: Tiles, plan: Plan, negatives: Tensor, d_positives: Tens
 
 def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
     """Statistics, and the gradients of the mean of the item losses accumulated in the same pass."""
+    scores = tiles.whole(kappa)
+    if scores is not None:
+        return scores
     if plan.order == "rows outside":
         return _rows_outside(tiles, plan, kappa)
     if plan.problem.row.family == "pointwise":

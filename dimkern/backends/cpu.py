@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import Plan
+from ..streaming import Scores
 from .torch import TorchTiles
 
 _native = torch.ops.dimkern_cpu
@@ -44,9 +45,7 @@ class CpuTiles(TorchTiles):
         return self._weigh(rows, cols, None, None)
 
     def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        g, c = self._matrices(rows, cols)
-        kept, panels = _native.kept_sizes.default(g, c.shape[0])
-        keep, panel_ref = self._buffer(f"kept {cols.start}", kept), self._buffer(f"panels {cols.start}", panels)
+        keep, panel_ref = self._keep(*self._matrices(rows, cols), cols.start)
         ref, sums = self._weigh(rows, cols, keep, panel_ref)
         self._weighed[cols.start] = keep, panel_ref, ref
         return ref, sums
@@ -57,6 +56,25 @@ class CpuTiles(TorchTiles):
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         return self._accumulate_native(rows, cols, None, None, ref, alpha, own)
+
+    def whole(self, kappa: float) -> Scores | None:
+        p, plan = self._p, self._plan
+        pointwise = p.row.family == "pointwise"
+        if plan.row_images < p.N or plan.col_images < p.N or not (pointwise or plan.order == "rows outside"):
+            return None
+        everything = slice(0, p.N)
+        g, c = self._matrices(everything, everything)
+        keep = None if pointwise else self._keep(g, c, 0)
+        return Scores(
+            *_native.mean_loss.default(
+                g, c, p.estimator, p.clip or 0.0, p.P, p.L, kappa, *(keep or (None, None)), self._grad_h, self._grad_c
+            )
+        )
+
+    def _keep(self, g: Tensor, c: Tensor, first_image: int) -> tuple[Tensor, Tensor]:
+        """Room for a block's weights, and for the references of its panels."""
+        kept, panels = _native.kept_sizes.default(g, c.shape[0])
+        return self._buffer(f"kept {first_image}", kept), self._buffer(f"panels {first_image}", panels)
 
     def _buffer(self, name: str, size: int) -> Tensor:
         fresh = name not in self._buffers

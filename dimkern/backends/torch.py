@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..estimators import Term
 from ..plan import Plan
+from ..streaming import Scores
 
 
 class TorchTiles:
@@ -72,6 +73,9 @@ class TorchTiles:
         self._accumulate(tile, rows, cols, alpha)
         self._accumulate_own(rows, cols, own)
         return self._per_row(sums)
+
+    def whole(self, kappa: float) -> Scores | None:
+        return None
 
     def rescale(self, factor: Tensor) -> None:
         for gradient in (self._grad_c, self._grad_h):

@@ -22,6 +22,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "finish.h"
 #include "tiles.h"
 
 namespace {
@@ -213,7 +214,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                   std::int64_t L, std::optional<Tensor> keep, std::optional<Tensor> panel_ref,
                   std::optional<Tensor> ref, const Tensor& alpha, std::optional<Tensor> own,
                   std::optional<Tensor> positives, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
-                  bool add_h, bool add_c) {
+                  bool add_h, bool add_c, double own_each) {
   return by_type(g, [&](auto type) -> Tensor {
     using T = decltype(type);
     const Pairs<T> p = pairs_of<T>(estimator, g, c, by_row, by_channel, clip, row0, col0, P, L);
@@ -234,6 +235,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                       data<T>(grad_c),
                       i == 0 && add_h,
                       add_c,
+                      static_cast<T>(own_each),
                       data<double>(sums) + i * p.R};
       if (whole && i > 0) a.grad_h = data<T>(partial) + (i - 1) * size;
       Functions<T>::accumulate()(p, a, share.begin, share.end, share.panel0,
@@ -254,6 +256,43 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
       data<double>(sum)[r] = total;
     }
     return sum;
+  });
+}
+
+// The whole of a batch in one call: statistics, finish and both gradients of the mean loss. Returns the own-image
+// scores (N, P, L) and each row's negative term (N, P).
+std::tuple<Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double clip,
+                                     std::int64_t P, std::int64_t L, double kappa, std::optional<Tensor> keep,
+                                     std::optional<Tensor> panel_ref, std::optional<Tensor> grad_h,
+                                     std::optional<Tensor> grad_c) {
+  return by_type(g, [&](auto type) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(type);
+    const dimkern::Batch batch{g.size(0) / P, P, L, kappa};
+    const std::int64_t R = batch.rows();
+    const auto [by_row, by_channel] = pack(g, true);
+    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<double>(g, {batch.N, P});
+    Tensor alpha = like<T>(g, {R});
+    double* negative = data<double>(negatives);
+    const Tensor &rows = by_row, &channels = by_channel;
+    const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
+      using E = decltype(row);
+      if constexpr (E::family == dimkern::Family::pointwise) {
+        std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
+        const Tensor sums =
+            accumulate(g, c, rows, channels, estimator, clip, 0, 0, P, L, std::nullopt, std::nullopt, std::nullopt,
+                       alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
+        for (std::int64_t r = 0; r < R; ++r) negative[r] = data<double>(sums)[r] / batch.negatives();
+      } else {
+        const auto [ref, sums] = weigh(g, c, rows, estimator, clip, 0, 0, P, L, positives, keep, panel_ref);
+        Tensor own = like<T>(g, {batch.N, P, L});
+        dimkern::finish<E>(batch, data<T>(ref), data<double>(sums), data<T>(positives), negative, data<T>(alpha),
+                           data<T>(own));
+        accumulate(g, c, rows, channels, estimator, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own, positives,
+                   grad_h, grad_c, false, false, 0.0);
+      }
+    });
+    STD_TORCH_CHECK(known, "unknown estimator");
+    return {positives, negatives};
   });
 }
 
@@ -288,7 +327,10 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
   m.def(
       "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float clip, int row0, int col0,"
       " int P, int L, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? positives,"
-      " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c) -> Tensor");
+      " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.) -> Tensor");
+  m.def(
+      "mean_loss(Tensor g, Tensor c, str estimator, float clip, int P, int L, float kappa, Tensor(a!)? keep,"
+      " Tensor(b!)? panel_ref, Tensor(c!)? grad_h, Tensor(d!)? grad_c) -> (Tensor, Tensor)");
   m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
 }
@@ -298,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
   m.impl("kept_sizes", TORCH_BOX(&kept_sizes));
   m.impl("weigh", TORCH_BOX(&weigh));
   m.impl("accumulate", TORCH_BOX(&accumulate));
+  m.impl("mean_loss", TORCH_BOX(&mean_loss));
   m.impl("advise", TORCH_BOX(&advise));
   m.impl("isas", TORCH_BOX(&isas));
 }

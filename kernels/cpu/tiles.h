@@ -39,14 +39,15 @@ template <class T>
 struct Accumulate {
   const T* keep;  // weights of Weigh, or null: score and map again with `ref`
   const T* panel_ref;
-  const T* ref;        // (R,) or null for pointwise estimators
-  const T* alpha;      // (R,)
-  const T* own;        // (images of the rows, P, L) weights of the own-image pairs; null: 0
-  const T* positives;  // as Weigh wrote them; read where weights were kept under a soft clip
-  T* grad_h;           // (R, K) this thread's partial sum, or null
-  T* grad_c;           // (M, K) or null
-  bool add_h, add_c;   // the gradient holds a sum already
-  double* sum;         // (R,) this thread's sum of psi, where the tiles are scored again
+  const T* ref;       // (R,) or null for pointwise estimators
+  const T* alpha;     // (R,)
+  const T* own;       // (images of the rows, P, L) weights of the own-image pairs; null: 0
+  T* positives;       // own-image scores: as Weigh wrote them where weights were kept, else written where own_each > 0
+  T* grad_h;          // (R, K) this thread's partial sum, or null
+  T* grad_c;          // (M, K) or null
+  bool add_h, add_c;  // the gradient holds a sum already
+  T own_each;         // > 0 and no `own`: an own-image pair weighs -own_each * f'(score), the mean loss's weight
+  double* sum;        // (R,) this thread's sum of psi, where the tiles are scored again
 };
 
 // The code for one instruction set. begin and end are columns of the block; panel0 is the index that the panel at

@@ -256,8 +256,11 @@ void map_known(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const S
         x[r] = own.has(r) ? score : E::phi(score, ref[r]) * gain[r] * slope(score, p.clip);
       }
     }
-    each_own(p, t, c, x,
-             [&](T& entry, std::int64_t pair) { entry = a.own[pair - p.row0 * p.L] * slope(entry, p.clip); });
+    each_own(p, t, c, x, [&](T& entry, std::int64_t pair) {
+      const T weight = a.own ? a.own[pair - p.row0 * p.L] : -a.own_each * E::df(entry);
+      if (a.own_each > T(0)) a.positives[pair] = entry;
+      entry = weight * slope(entry, p.clip);
+    });
   });
   for (std::int64_t r = 0; r < t.rows; ++r) a.sum[t.row + r] += double(s.total[r]);
 }
