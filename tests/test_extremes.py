@@ -1,11 +1,12 @@
 """Scores of any size come out right, and what is no number never turns into a wrong one."""
 
+import dataclasses
 import math
 
 import oracle
 import pytest
 import torch
-from oracle import DIVERGENCES, F16, F32, F64, loss_of, reductions
+from oracle import BACKENDS, DIVERGENCES, F16, F32, F64, loss_of, reductions, watch_plans
 
 import dimkern
 from dimkern.estimators import REGISTRY
@@ -14,6 +15,12 @@ LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in redu
 LOG_SUMS = ["infonce", "dv"]
 LINEAR = ["infonce", "dv", "jsd", "gan", "x2", "w1"]  # finite at scores of 1e4
 BUDGETS = [3_000, 6_000, 10_000, 10**8]
+TILES = {"streaming": 0, "cpu": 1_222_000}  # what the smallest float64 tile takes whatever the problem
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
 
 
 def _features(s_of_rows, N=9, L=4, K=6, dtype=F32, seed=0):
@@ -38,11 +45,11 @@ def _oracle(dtype, self_mask="official", clip=None):
     return compute
 
 
-def _assert_rowwise(estimator, l, m, budget, relative, **keywords):
+def _assert_rowwise(estimator, l, m, budget, relative, backend, **keywords):
     """Every row's gradient is right to its own size, not to the largest row's."""
     expected = _run(estimator, *(x.detach().double().requires_grad_() for x in (l, m)), _oracle(F64, **keywords))
-    with dimkern.config(memory_budget=budget):
-        got = _run(estimator, l, m, lambda e, l, m: loss_of(e, l, m, **keywords))
+    with dimkern.config(memory_budget=budget + TILES[backend]):
+        got = _run(estimator, l, m, lambda e, l, m: loss_of(e, l, m, backend=backend, **keywords))
     torch.testing.assert_close(got[0].double(), expected[0], rtol=relative, atol=relative)
     for ours_, theirs in zip(got[1:], expected[1:], strict=True):
         size = theirs.flatten(1).norm(dim=1)
@@ -66,23 +73,38 @@ RAMPS = {
 
 @pytest.mark.parametrize("estimator", ["infonce", "dv", "jsd", "gan", "w1"])
 @pytest.mark.parametrize("ramp", RAMPS)
-def test_rows_of_very_different_scores(estimator, ramp):
+def test_rows_of_very_different_scores(estimator, ramp, backend):
     """Whichever block holds the largest row: float64 to every row's own size, float32 to its scores' rounding."""
     for budget in BUDGETS:
         l, m = _features(RAMPS[ramp])
-        _assert_rowwise(estimator, *(x.detach().double().requires_grad_() for x in (l, m)), budget + 8_000, 1e-9)
+        _assert_rowwise(
+            estimator, *(x.detach().double().requires_grad_() for x in (l, m)), budget + 8_000, 1e-9, backend
+        )
         relative = 4 * torch.finfo(F32).eps * float(RAMPS[ramp].abs().max() + 30)
         if estimator != "jsd" or "1e4" not in ramp:
-            loss = loss_of(estimator, l, m)
+            loss = loss_of(estimator, l, m, backend=backend)
             eager = _oracle(F32)(estimator, l, m)
             exact = _oracle(F64)(estimator, l.double(), m.double())
             assert abs(loss.double() - exact) <= abs(eager.double() - exact) + relative * (1 + abs(exact))
 
 
 @pytest.mark.parametrize("estimator", LOG_SUMS)
+@pytest.mark.parametrize("ramp", RAMPS)
+@pytest.mark.parametrize("order", ["rows outside", "columns outside"])
+def test_rows_of_very_different_scores_in_any_blocks(estimator, ramp, order, backend, monkeypatch):
+    """The same whichever rows and columns a block has, rows of one block alone among them."""
+    for rows, cols in ((1, 9), (2, 4), (4, 1), (9, 2)):
+        forced = {"order": order, "row_images": rows, "col_images": cols}
+        with monkeypatch.context() as patch:
+            watch_plans(patch, lambda plan, forced=forced: dataclasses.replace(plan, **forced))
+            l, m = (x.detach().double().requires_grad_() for x in _features(RAMPS[ramp]))
+            _assert_rowwise(estimator, l, m, 10**8, 1e-9, backend)
+
+
+@pytest.mark.parametrize("estimator", LOG_SUMS)
 @pytest.mark.parametrize("gap", [-800.0, -300.0, -100.0, 100.0, 300.0, 800.0])
 @pytest.mark.parametrize("self_mask", ["official", "exclude"])
-def test_negatives_far_from_the_positives(estimator, gap, self_mask):
+def test_negatives_far_from_the_positives(estimator, gap, self_mask, backend):
     """A row's largest negative hundreds above or below its largest positive."""
     L, K = 3, N
     for dtype in (F64, F32):
@@ -98,24 +120,24 @@ def test_negatives_far_from_the_positives(estimator, gap, self_mask):
         assert (negatives.max() - positives.max()) * math.copysign(1, gap) > 0.9 * abs(gap) - 2
         for budget in (5_000, 8_000, 20_000, 10**8):
             keywords = {"self_mask": self_mask} if estimator == "infonce" else {}
-            _assert_rowwise(estimator, l, m, budget + 8_000, 1e-9 if dtype == F64 else 1e-3, **keywords)
+            _assert_rowwise(estimator, l, m, budget + 8_000, 1e-9 if dtype == F64 else 1e-3, backend, **keywords)
 
 
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
 @pytest.mark.parametrize("clip", [None, 4.0])
-def test_nan_in_nan_out(estimator, reduction, clip):
+def test_nan_in_nan_out(estimator, reduction, clip, backend):
     """Wherever the naive computation has a NaN, in the loss and in each gradient, so has ours."""
     for where in ("l", "m", "scale"):
         l, m = torch.randn(5, 3, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
         scale = torch.tensor(0.5, dtype=F64)
         {"l": l, "m": m, "scale": scale}[where].view(-1)[-1] = math.nan
-        _assert_not_wrong(estimator, reduction, clip, l, m, scale, not_a_number=True)
+        _assert_not_wrong(estimator, reduction, clip, l, m, scale, backend, not_a_number=True)
 
 
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
 @pytest.mark.parametrize("clip", [None, 4.0])
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
-def test_infinite_inputs(estimator, reduction, clip, value):
+def test_infinite_inputs(estimator, reduction, clip, value, backend):
     """An infinite feature or scale: where ours is finite, in loss or gradient, the naive computation is, and equal."""
     for where in ("l", "m", "scale"):
         for positive in (True, False):
@@ -125,10 +147,10 @@ def test_infinite_inputs(estimator, reduction, clip, value):
             {"l": l, "m": m, "scale": scale}[where].view(-1)[-1] = value
             if (estimator, where, positive, value) == ("dv", "scale", True, -math.inf):
                 continue  # the logarithm of an empty sum: the loss is NaN, its negatives' gradient NaN or 0
-            _assert_not_wrong(estimator, reduction, clip, l, m, scale)
+            _assert_not_wrong(estimator, reduction, clip, l, m, scale, backend)
 
 
-def _assert_not_wrong(estimator, reduction, clip, l, m, scale, not_a_number=False):
+def _assert_not_wrong(estimator, reduction, clip, l, m, scale, backend, not_a_number=False):
     leaves = [x.requires_grad_() for x in (l, m, scale)]
 
     keywords = {"scale": scale, "clip": clip, "reduction": reduction}
@@ -137,8 +159,8 @@ def _assert_not_wrong(estimator, reduction, clip, l, m, scale, not_a_number=Fals
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, leaves, upstream)
     for budget in (4_000, 10**8):
-        with dimkern.config(memory_budget=budget):
-            got = loss_of(estimator, l, m, **keywords)
+        with dimkern.config(memory_budget=budget + TILES[backend]):
+            got = loss_of(estimator, l, m, backend=backend, **keywords)
             runs = (got.detach(), *torch.autograd.grad(got, leaves, upstream))
         for what, ours_, theirs in zip(("loss", *"lms"), runs, (expected.detach(), *gradients), strict=True):
             finite = ours_.isfinite()
@@ -150,40 +172,40 @@ def _assert_not_wrong(estimator, reduction, clip, l, m, scale, not_a_number=Fals
 @pytest.mark.parametrize("estimator", sorted(set(DIVERGENCES) - {"jsd", "gan", "w1"}))
 @pytest.mark.parametrize("spread", [90.0, 200.0, 1e20])
 @pytest.mark.parametrize("dtype", [F32, F16])
-def test_overflow_is_infinite(estimator, spread, dtype):
+def test_overflow_is_infinite(estimator, spread, dtype, backend):
     """Where float32 overflows the loss is infinite or NaN as eager's, or it is right; never another finite number."""
     l = torch.ones(4, 1, 3, dtype=dtype)
     m = torch.tensor([[-1.0], [1.0], [0.5], [0.0]], dtype=dtype)
     exact = _oracle(F64)(estimator, spread * l.double(), m.double())
     for signed in (spread, -spread):
         exact = _oracle(F64)(estimator, signed * l.double(), m.double())
-        loss = loss_of(estimator, l, m, scale=signed)
+        loss = loss_of(estimator, l, m, scale=signed, backend=backend)
         eager = _oracle(F32)(estimator, signed * l.float(), m.float())
         assert not loss.isfinite() or math.isclose(loss, exact, rel_tol=1e-4)
         assert loss.isfinite() or not eager.isfinite()
 
 
 @pytest.mark.parametrize("self_mask", ["official", "exclude"])
-def test_lone_huge_positive_has_no_loss(self_mask):
+def test_lone_huge_positive_has_no_loss(self_mask, backend):
     """A pair far above all others: a loss of 0 or its true tiny value, gradients finite."""
     l, m = _features([0.0] * N)
     l = (l.detach() * 0).requires_grad_()
     with torch.no_grad():
         l[torch.arange(N), torch.arange(N) % 6] = 200.0
-    loss = dimkern.infonce_loss(l, m, self_mask=self_mask)
+    loss = dimkern.infonce_loss(l, m, self_mask=self_mask, backend=backend)
     loss.backward()
     assert loss.isfinite()
     assert l.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
-def test_float16_under_a_loss_scale(estimator, reduction):
+def test_float16_under_a_loss_scale(estimator, reduction, backend):
     """A loss scale of 65536 saves what float16 would lose: scaled gradients are right to float16's rounding."""
     count, L = 128, 16
     generator = torch.Generator().manual_seed(3)
     l16 = (torch.randn(count, 8, L, generator=generator) * 0.03).half().requires_grad_()
     m16 = (torch.randn(count, 8, generator=generator) * 0.03).half().requires_grad_()
-    loss = loss_of(estimator, l16, m16, reduction=reduction)
+    loss = loss_of(estimator, l16, m16, reduction=reduction, backend=backend)
     loss = loss.mean() if reduction == "none" else loss / l16[:, 0].numel() if reduction == "sum" else loss
     ours_ = torch.autograd.grad(loss * 65536.0, (l16, m16))
     l, m = (x.detach().double().requires_grad_() for x in (l16, m16))
@@ -191,17 +213,17 @@ def test_float16_under_a_loss_scale(estimator, reduction):
     for got, expected in zip(ours_, exact, strict=True):
         assert got.dtype == F16
         assert bool(((got.double() - expected).abs() <= 2e-3 * expected.abs() + 2e-3 * expected.abs().mean()).all())
-    unscaled = torch.autograd.grad(loss_of(estimator, l16, m16), l16)[0].double() * 65536.0
+    unscaled = torch.autograd.grad(loss_of(estimator, l16, m16, backend=backend), l16)[0].double() * 65536.0
     assert (unscaled - exact[0]).norm() > 3 * (ours_[0].double() - exact[0]).norm()  # the scale is what saves them
 
 
 @pytest.mark.parametrize("estimator", REGISTRY)
-def test_float16_weights_of_a_large_batch(estimator):
+def test_float16_weights_of_a_large_batch(estimator, backend):
     """N=2048: pair weights of 2e-7 are four of float16's smallest steps; under a loss scale none is lost."""
     count = 2048
     l = (torch.arange(count) % 2 * 2.0 - 1.0).view(-1, 1, 1).half().requires_grad_()
     m = (torch.arange(count) % 3 * 0.25 + 0.25).view(-1, 1).half()
-    loss = loss_of(estimator, l, m)
+    loss = loss_of(estimator, l, m, backend=backend)
     got = torch.autograd.grad(loss * 65536.0, l)[0].double()
     l64 = l.detach().double().requires_grad_()
     exact = torch.autograd.grad(_mean_of_one_location(estimator, m.double() @ l64.view(1, -1)) * 65536.0, l64)[0]
@@ -222,11 +244,11 @@ def _mean_of_one_location(estimator, s):
 
 
 @pytest.mark.parametrize("estimator", REGISTRY)
-def test_a_scale_of_zero(estimator):
+def test_a_scale_of_zero(estimator, backend):
     """Every score 0: the loss is its constant, and the scale's own gradient is there."""
     l, m = torch.randn(5, 3, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
     scale = torch.zeros((), dtype=F64, requires_grad=True)
-    loss = loss_of(estimator, l, m, scale=scale)
+    loss = loss_of(estimator, l, m, scale=scale, backend=backend)
     expected = oracle.items(estimator, oracle.pair_scores(l, m.unsqueeze(-1), scale, None, F64), "official").mean()
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
     (got,), (exact,) = torch.autograd.grad(loss, scale), torch.autograd.grad(expected, scale)
