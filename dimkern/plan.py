@@ -240,24 +240,32 @@ def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -
     tiles = 1 + beside + (p.clip is not None)  # the soft clip's slope
     products = rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G, then alpha∘(E·C)
     kept_bytes = rows * p.N * p.L * p.itemsize if kept else 0
-    return _common_bytes(p, rows, col_images) + rows * cols * tiles * p.itemsize + products + kept_bytes
+    tile = rows * cols * tiles * p.itemsize
+    return _common_bytes(p, rows, col_images) + tile + products + kept_bytes + _staging_bytes(p, col_images)
 
 
 def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     rows = -(-row_images * p.P // _NATIVE_LANES) * _NATIVE_LANES
     tiles = p.threads * _NATIVE_TILE * p.itemsize
     packed = (2 + p.threads - 1) * rows * (p.K + _NATIVE_LANES) * p.itemsize  # summaries twice, partial gradients
-    panels = p.N * p.L // _NATIVE_PANEL + p.N // col_images + p.threads  # with a row of references each
+    blocks = -(-p.N // col_images)
+    panels = p.N * p.L // _NATIVE_PANEL + blocks * p.threads  # with a row of references each
     kept_bytes = rows * (p.N * p.L + panels) * p.itemsize if kept else 0
-    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes
+    panels_staged = p.threads * _NATIVE_WIDEST_PANEL * p.K * p.itemsize if p.staged else 0
+    whole_staged = 0 if p.strided else _staging_bytes(p, col_images)
+    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes + panels_staged + whole_staged
 
 
 def _common_bytes(p: Problem, rows: int, col_images: int) -> int:
-    """Scaled summaries, positives and their weights, row statistics, staged local features."""
+    """Scaled summaries, positives and their weights, row statistics."""
     positives = p.rows * p.L * (2 * p.itemsize + 3 * 8)
     statistics = (p.rows * _ROW_STATISTICS + rows * 3 * -(-p.N // col_images)) * 8
-    staging = col_images * p.L * p.K * p.itemsize if p.staged else 0
-    return p.rows * p.K * p.itemsize + positives + statistics + staging
+    return p.rows * p.K * p.itemsize + positives + statistics
+
+
+def _staging_bytes(p: Problem, col_images: int) -> int:
+    """A block of local features copied to a matrix in the score dtype."""
+    return col_images * p.L * p.K * p.itemsize if p.staged else 0
 
 
 def _rounded_up(size: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import BF16, F64, Case, items, loss_of, pair_scores, reductions, watch_plans
+from oracle import BACKENDS, BF16, F64, Case, items, loss_of, pair_scores, reductions, watch_plans
 from torch.profiler import ProfilerActivity, profile
 
 import dimkern
@@ -16,6 +16,7 @@ from dimkern import ops
 from dimkern.estimators import REGISTRY
 from dimkern.validate import as_locals, as_summaries
 
+ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
 SMALL = 2_000  # bytes of 0-d and per-image statistics that the plan rounds away
 
 
@@ -42,37 +43,61 @@ VARIANTS = {
     "wide": {"K": 200, "L": 4},
     "strided": {"l_layout": "image_slice", "m_layout": "strided"},
 }
+SPACES = [(backend, estimator) for backend in BACKENDS for estimator in REGISTRY]
 
 
-@pytest.mark.parametrize("estimator", REGISTRY)
+@pytest.mark.parametrize(("backend", "estimator"), SPACES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scratch_is_within_plan_and_budget(estimator, variant, monkeypatch):
+def test_scratch_is_within_plan_and_budget(backend, estimator, variant, monkeypatch):
     """Forward, and the backward that sweeps again: what is allocated beyond outputs is what the plan said, or less."""
+    fields = {"N": 24, "P": 2, "L": 20, "K": 16, **VARIANTS[variant]}
+    plans = _run_within_budget(backend, estimator, fields, monkeypatch)
+    if backend == "streaming" or "wide" in variant:
+        assert len({plan.scratch for plan in plans}) >= 3  # the budgets did change something
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the native CPU library was not built")
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("shape", [(40, 14, 13, 70), (5, 1, 999, 700)], ids=str)
+def test_every_threads_share_is_in_the_plan(estimator, threads, shape, monkeypatch):
+    """Native threads have a tile, panels and partial gradients each, whatever the shape of the pairs."""
+    torch.set_num_threads(threads)
+    try:
+        for variant in ({}, {"l_dtype": BF16}):
+            fields = {**dict(zip("NPLK", shape, strict=True)), **variant}
+            plans = _run_within_budget("cpu", estimator, fields, monkeypatch, budgets=(0.7, 1.0))
+            assert {plan.problem.threads for plan in plans} == {threads}
+    finally:
+        torch.set_num_threads(1)
+
+
+def _run_within_budget(backend, estimator, fields, monkeypatch, budgets=(0.0, 0.3, 0.5, 0.7, 1.0)):
+    """The plans of a problem at several budgets, each of which held."""
     plans = watch_plans(monkeypatch)
-    for budget in (0.0, 0.3, 0.5, 0.7, 1.0):
+    for budget in budgets:
         for reduction in {"mean", reductions(estimator)[-1]}:
-            fields = {"N": 24, "P": 2, "L": 20, "K": 16, "reduction": reduction, "budget": budget}
-            case = Case(**{**fields, **VARIANTS[variant]})
+            case = Case(**fields, reduction=reduction, budget=budget)
             l, m, scale = (x.detach() for x in case.tensors())
             c, g = as_locals(l), as_summaries(m)
             fixed = estimator, 1e-4, case.clip
 
             def forward(c=c, g=g, scale=scale, fixed=fixed, reduction=reduction):
                 if reduction == "mean":
-                    return ops.mean_loss(c, g, scale, *fixed, True, True)
-                return ops.scores(c, g, scale, *fixed)
+                    return ops.mean_loss(c, g, scale, *fixed, True, True, backend)
+                return ops.scores(c, g, scale, *fixed, backend)
 
-            with dimkern.config(memory_budget=case.budget_bytes(estimator)):
+            with dimkern.config(memory_budget=case.budget_bytes(estimator, backend)):
                 runs = [peak_of(forward)]
             if reduction == "none":
                 positives, negatives, limit = runs[0][1]
                 known = negatives, torch.randn_like(positives), torch.randn_like(negatives), limit, estimator, case.clip
-                runs.append(peak_of(lambda a=(c, g, scale, *known): ops._scores_backward(*a, True, True)))
+                runs.append(peak_of(lambda a=(c, g, scale, *known): ops._scores_backward(*a, True, True, backend)))
             for plan, (peak, outputs) in zip(plans[-len(runs) :], runs, strict=True):
                 scratch = peak - sum(x.nbytes for x in outputs)
                 assert plan.scratch <= plan.budget
                 assert scratch <= plan.scratch + SMALL, f"{scratch} bytes where {plan} has {plan.scratch}"
-    assert len({plan.scratch for plan in plans}) >= 3  # the budgets did change something
+    return plans
 
 
 def test_the_measure_would_see_a_pair_tensor():

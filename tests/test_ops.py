@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from oracle import (
+    BACKENDS,
     BF16,
     DTYPES,
     F16,
@@ -52,7 +53,7 @@ OPCHECK = {
         *(x.detach() for x in ops.scores(c, g, scale, name, 1e-4, None)[1:2]),
         torch.randn(4, 2, 3, dtype=scale.dtype),
         torch.randn(4, 2, dtype=scale.dtype),
-        torch.tensor(10**6),
+        torch.tensor(10**7),
         name,
         None,
         True,
@@ -61,19 +62,21 @@ OPCHECK = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("op", OPCHECK)
 @pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(op, estimator, grad, dtype):
+def test_opcheck(op, estimator, grad, dtype, backend):
     arguments = OPCHECK[op](*_arguments(dtype, grad), estimator, grad)
-    torch.library.opcheck(getattr(torch.ops.dimkern, op).default, arguments)
+    torch.library.opcheck(getattr(torch.ops.dimkern, op).default, (*arguments, backend))
 
 
 def test_opcheck_mixed_dtypes_and_strides():
     c, g, scale = _arguments(BF16, m_dtype=F64)
     c = c.detach().mT.contiguous().mT.requires_grad_()
-    torch.library.opcheck(ops.scores, (c, g, scale, "infonce", 0.0, None))
+    for backend in BACKENDS:
+        torch.library.opcheck(ops.scores, (c, g, scale, "infonce", 0.0, None, backend))
 
 
 @pytest.mark.parametrize(
@@ -113,14 +116,15 @@ def test_compile_with_inductor():
         torch.testing.assert_close(ours_, theirs, rtol=1e-4 if ours_.dtype == F32 else 0.02, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
-def test_autocast_rounds_nothing(estimator, reduction):
+def test_autocast_rounds_nothing(estimator, reduction, backend):
     """Under autocast the scores are not rounded, nor in a backward within it: equal to the last bit."""
     for dtype in (F32, BF16, F16, F64):
         case = Case(P=2, l_dtype=dtype, m_dtype=dtype, reduction=reduction)
-        outside = ours(estimator, case)
+        outside = ours(estimator, case, backend)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            inside = ours(estimator, case)
+            inside = ours(estimator, case, backend)
             l, m, scale = case.tensors()
             reference = loss_of(estimator, l, m, scale=scale, reduction=reduction, backend="reference")
         torch.testing.assert_close(reference.detach(), outside.loss, rtol=1e-5, atol=1e-5)
@@ -169,16 +173,17 @@ def test_a_leaf_used_twice():
     torch.autograd.gradcheck(lambda x: dimkern.infonce_loss(x, x, reduction="none"), x)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
-def test_backward_on_another_thread_keeps_the_forwards_budget(estimator, monkeypatch):
+def test_backward_on_another_thread_keeps_the_forwards_budget(estimator, backend, monkeypatch):
     reduction = reductions(estimator)[-1]
     case = Case(N=9, P=2, reduction=reduction)
-    expected = ours(estimator, case)
+    expected = ours(estimator, case, backend)
     plans = watch_plans(monkeypatch)
-    budget = least_budget(case.problem(estimator)) + 100
+    budget = least_budget(case.problem(estimator), backend) + 100
     leaves = case.tensors()
     with dimkern.config(memory_budget=budget):
-        loss = loss_of(estimator, *leaves[:2], scale=leaves[2], reduction=reduction, backend="streaming")
+        loss = loss_of(estimator, *leaves[:2], scale=leaves[2], reduction=reduction, backend=backend)
     upstream = torch.randn_like(loss)
     thread = threading.Thread(target=loss.backward, args=(upstream,))
     thread.start()
@@ -195,11 +200,11 @@ def test_backward_on_another_thread_keeps_the_forwards_budget(estimator, monkeyp
 def test_many_threads_at_once():
     """Losses share no scratch: threads with different budgets give what one thread gives."""
     cases = [Case(N=9, P=2, seed=seed, budget=0.3 * (seed % 4)) for seed in range(24)]
-    runs = [(estimator, case) for case in cases for estimator in ONE_OF_EACH_FAMILY]
+    runs = [(estimator, case, backend) for case in cases for estimator in ONE_OF_EACH_FAMILY for backend in BACKENDS]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         got = list(pool.map(lambda run: ours(*run), runs))
-    for (estimator, case), one in zip(runs, got, strict=True):
-        alone = ours(estimator, case)
+    for run, one in zip(runs, got, strict=True):
+        alone = ours(*run)
         torch.testing.assert_close((one.loss, one.grads), (alone.loss, alone.grads), rtol=1e-6, atol=1e-7)
 
 
