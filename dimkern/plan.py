@@ -23,8 +23,9 @@ _TILE_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_TILE_BYTES = 128 * 2**20
 # Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block.
 _MOST_ROW_BLOCKS = 64
-# Of the native library, whatever its instruction set: rows of a strip, columns of a panel, elements of a thread's tile.
-_NATIVE_LANES, _NATIVE_PANEL, _NATIVE_TILE = 32, 120, 150_000
+# Of the native library, whatever its instruction set: rows of a strip, columns of a panel at least and at
+# most, elements of a thread's tile.
+_NATIVE_LANES, _NATIVE_PANELS, _NATIVE_TILE = 32, (120, 240), 150_000
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
@@ -46,6 +47,7 @@ class Problem:
     grad_summaries: bool
     clip: float | None = None
     threads: int = 1
+    strided: bool = True  # the local features are (N, L, K) with strides, not (N, H, W, K)
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,7 @@ def describe(
     staged = c.dtype != score_dtype or not is_matrix_view(c)
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
-        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1,
+        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1, c.ndim == 3,
     )  # fmt: skip
 
 
@@ -113,10 +115,10 @@ class Plan:
     scratch: int  # bytes expected beyond inputs, outputs and gradients
 
     def row_blocks(self) -> Iterator[slice]:
-        return _blocks(self.problem.N, self.row_images)
+        return blocks(self.problem.N, self.row_images)
 
     def col_blocks(self) -> Iterator[slice]:
-        return _blocks(self.problem.N, self.col_images)
+        return blocks(self.problem.N, self.col_images)
 
     @property
     def gemms(self) -> int:
@@ -132,7 +134,8 @@ class Plan:
         return self.gemms * 2 * p.rows * p.N * p.L * p.K
 
 
-def _blocks(images: int, block: int) -> Iterator[slice]:
+def blocks(images: int, block: int) -> Iterator[slice]:
+    """All images in blocks, the last perhaps smaller."""
     for start in range(0, images, block):
         yield slice(start, min(start + block, images))
 
@@ -249,11 +252,16 @@ def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     tiles = p.threads * _NATIVE_TILE * p.itemsize
     packed = (2 + p.threads - 1) * rows * (p.K + _NATIVE_LANES) * p.itemsize  # summaries twice, partial gradients
     blocks = -(-p.N // col_images)
-    panels = p.N * p.L // _NATIVE_PANEL + blocks * p.threads  # with a row of references each
+    panels = p.N * p.L // _NATIVE_PANELS[0] + blocks * p.threads  # with a row of references each
     kept_bytes = rows * (p.N * p.L + panels) * p.itemsize if kept else 0
-    panels_staged = p.threads * _NATIVE_WIDEST_PANEL * p.K * p.itemsize if p.staged else 0
-    whole_staged = 0 if p.strided else _staging_bytes(p, col_images)
-    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes + panels_staged + whole_staged
+    staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
+    staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged else 0
+    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes + staging
+
+
+def own_images(p: Problem) -> int:
+    """Images that the native backend stages at a time where it needs own-image pairs alone."""
+    return max(1, min(p.N, _NATIVE_PANELS[1] // p.L))
 
 
 def _common_bytes(p: Problem, rows: int, col_images: int) -> int:

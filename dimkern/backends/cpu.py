@@ -1,7 +1,7 @@
 """Tiles by the native CPU library (`kernels/cpu`): score, map and accumulate fused, a tile never leaving the cache.
 
 Blocks inside a block, threads and instruction sets are the library's affair. Local features that are no
-matrix in the score dtype are staged by the torch tiles this class builds on.
+matrix in the score dtype are staged panel by panel, in the cache.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import Plan, own_images
 from ..streaming import Scores
 from .torch import TorchTiles
 
@@ -34,6 +34,8 @@ class CpuTiles(TorchTiles):
             if gradient is not None:
                 _native.advise.default(gradient)
         self._own_scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
+        if p.staged and p.strided:  # the kernels stage panels by themselves
+            self._staging_images = own_images(p)
         self._own_seen = [False] * p.N
         self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
         self._weighed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -73,7 +75,7 @@ class CpuTiles(TorchTiles):
 
     def _keep(self, g: Tensor, c: Tensor, first_image: int) -> tuple[Tensor, Tensor]:
         """Room for a block's weights, and for the references of its panels."""
-        kept, panels = _native.kept_sizes.default(g, c.shape[0])
+        kept, panels = _native.kept_sizes.default(g, c.shape[0] * c.shape[1])
         return self._buffer(f"kept {first_image}", kept), self._buffer(f"panels {first_image}", panels)
 
     def _buffer(self, name: str, size: int) -> Tensor:
@@ -123,7 +125,8 @@ class CpuTiles(TorchTiles):
         return self._per_row(sums)
 
     def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        return self._g[rows].flatten(0, 1), self._locals(cols).flatten(0, 1)
+        """Summaries (rows, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
+        return self._g[rows].flatten(0, 1), self._c[cols] if self._c.ndim == 3 else self._locals(cols)
 
     def _where(self, rows: slice, cols: slice) -> tuple[str, float, int, int, int, int]:
         p = self._p

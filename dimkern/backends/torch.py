@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import Term
-from ..plan import Plan
+from ..plan import Plan, blocks
 from ..streaming import Scores
 
 
@@ -32,13 +32,14 @@ class TorchTiles:
         self._g = scaled.copy_(g).mul_(scale.to(p.score_dtype))  # (N, P, K), one buffer whatever g's layout
         self._plan = plan
         self._buffers: dict[str, Tensor] = {}
+        self._staging_images = plan.col_images
         self._staged: slice | None = None  # the images in the staging buffer
         self._kept: dict[int, Tensor] = {}
 
     def positives(self, images: slice) -> Tensor:
         p = self._p
         scores = torch.empty(images.stop - images.start, p.P, p.L, dtype=p.score_dtype, device=p.device)
-        for cols in self._plan.col_blocks():
+        for cols in blocks(p.N, self._staging_images):
             both = _both(images, cols)
             if both is not None:
                 c = self._locals(cols)[_within(both, cols)]
@@ -83,7 +84,7 @@ class TorchTiles:
                 gradient.mul_(factor)
 
     def accumulate_own(self, own: Tensor) -> None:
-        for cols in self._plan.col_blocks():
+        for cols in blocks(self._p.N, self._staging_images):
             self._accumulate_own(slice(0, self._p.N), cols, own)
 
     def _score(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class TorchTiles:
         if not self._p.staged:
             return self._c[cols]
         c = self._c[cols]
-        block = self._buffer("staging", self._plan.col_images * self._p.L * self._p.K)[: c.numel()].view(c.shape)
+        block = self._buffer("staging", self._staging_images * self._p.L * self._p.K)[: c.numel()].view(c.shape)
         if self._staged != cols:
             block.copy_(c)
             self._staged = cols

@@ -29,6 +29,7 @@ namespace {
 
 using dimkern::Accumulate;
 using dimkern::Isa;
+using dimkern::Number;
 using dimkern::Pairs;
 using dimkern::Weigh;
 using torch::headeronly::ScalarType;
@@ -124,26 +125,62 @@ struct Shares {
   }
 };
 
+// Local features (images, L, K), and how the kernels read them.
 template <class T>
-Pairs<T> pairs_of(const std::string& estimator, const Tensor& g, const Tensor& c, const Tensor& by_row,
+struct Columns {
+  std::int64_t M, K;
+  dimkern::Source source;
+  bool matrix;  // read in place
+
+  explicit Columns(const Tensor& c) {
+    STD_TORCH_CHECK(c.dim() == 3, "c (images, L, K) expected");
+    const std::int64_t images = c.size(0), L = c.size(1);
+    M = images * L, K = c.size(2);
+    source = {c.data_ptr(), number(c), c.stride(0), c.stride(1), c.stride(2)};
+    const bool rows_merge = images == 1 || L == 1 || source.image == L * source.location;
+    const bool same = source.number == (std::is_same_v<T, float> ? Number::float32 : Number::float64);
+    matrix = same && rows_merge && (K == 1 || source.channel == 1);
+  }
+  std::int64_t row_stride(std::int64_t L) const { return L == 1 ? source.image : source.location; }
+  // Bytes a thread needs beside the tiles' own.
+  std::int64_t staging() const { return matrix ? 0 : isa().panel * K * std::int64_t(sizeof(T)); }
+
+ private:
+  static Number number(const Tensor& c) {
+    switch (c.scalar_type()) {
+      case ScalarType::Double:
+        return Number::float64;
+      case ScalarType::Float:
+        return Number::float32;
+      case ScalarType::BFloat16:
+        return Number::bfloat16;
+      default:
+        STD_TORCH_CHECK(c.scalar_type() == ScalarType::Half, "a floating dtype expected");
+        return Number::float16;
+    }
+  }
+};
+
+template <class T>
+Pairs<T> pairs_of(const std::string& estimator, const Tensor& g, const Columns<T>& c, const Tensor& by_row,
                   const std::optional<Tensor>& by_channel, double clip, std::int64_t row0, std::int64_t col0,
                   std::int64_t P, std::int64_t L) {
-  STD_TORCH_CHECK(g.dim() == 2 && c.dim() == 2 && g.size(1) == c.size(1), "g (R, K) and c (M, K) expected");
-  STD_TORCH_CHECK(g.is_contiguous() && (c.size(1) == 1 || c.stride(1) == 1), "g and the rows of c must be contiguous");
+  STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == c.K && g.is_contiguous(), "contiguous g (R, K) expected");
   return {estimator.c_str(),
           g.size(0),
-          c.size(0),
-          g.size(1),
+          c.M,
+          c.K,
           data<T>(g),
-          data<T>(c),
-          c.stride(0),
+          static_cast<const T*>(c.source.data),
+          c.row_stride(L),
           row0,
           col0,
           P,
           L,
           static_cast<T>(clip),
           data<T>(by_row),
-          data<T>(by_channel)};
+          data<T>(by_channel),
+          c.matrix ? nullptr : &c.source};
 }
 
 template <class F>
@@ -179,16 +216,17 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor&
                                  const Tensor& positives, std::optional<Tensor> keep, std::optional<Tensor> panel_ref) {
   return by_type(g, [&](auto type) -> std::tuple<Tensor, Tensor> {
     using T = decltype(type);
-    const Pairs<T> p = pairs_of<T>(estimator, g, c, by_row, std::nullopt, clip, row0, col0, P, L);
+    const Columns<T> columns(c);
+    const Pairs<T> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
     Tensor refs = like<T>(g, {shares.count, p.R}), sums = like<double>(g, {shares.count, p.R});
-    Tensor scratch = like<T>(g, {shares.count * Functions<T>::scratch() / std::int64_t(sizeof(T))});
+    const std::int64_t bytes = Functions<T>::scratch() + columns.staging();  // of a thread
+    Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
     T* ref = data<T>(refs);
     double* sum = data<double>(sums);
     shares.parallel([&](std::int64_t i, Share share) {
       const Weigh<T> w{data<T>(keep), data<T>(panel_ref), ref + i * p.R, sum + i * p.R, data<T>(positives)};
-      Functions<T>::weigh()(p, w, share.begin, share.end, share.panel0,
-                            data<char>(scratch) + i * Functions<T>::scratch());
+      Functions<T>::weigh()(p, w, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
     Tensor ref_all = like<T>(g, {p.R}), sum_all = like<double>(g, {p.R});
     for (std::int64_t r = 0; r < p.R; ++r) {
@@ -217,10 +255,12 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                   bool add_h, bool add_c, double own_each) {
   return by_type(g, [&](auto type) -> Tensor {
     using T = decltype(type);
-    const Pairs<T> p = pairs_of<T>(estimator, g, c, by_row, by_channel, clip, row0, col0, P, L);
+    const Columns<T> columns(c);
+    const Pairs<T> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
     Tensor sums = like<double>(g, {shares.count, p.R});
-    Tensor scratch = like<T>(g, {shares.count * Functions<T>::scratch() / std::int64_t(sizeof(T))});
+    const std::int64_t bytes = Functions<T>::scratch() + columns.staging();  // of a thread
+    Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
     const std::int64_t size = p.R * p.K;
     Tensor partial = like<T>(g, {grad_h.has_value() ? (shares.count - 1) * size : 0});
     T* whole = data<T>(grad_h);
@@ -238,8 +278,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                       static_cast<T>(own_each),
                       data<double>(sums) + i * p.R};
       if (whole && i > 0) a.grad_h = data<T>(partial) + (i - 1) * size;
-      Functions<T>::accumulate()(p, a, share.begin, share.end, share.panel0,
-                                 data<char>(scratch) + i * Functions<T>::scratch());
+      Functions<T>::accumulate()(p, a, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
     if (whole && shares.count > 1) {
       torch::stable::parallel_for(0, size, 1 << 14, [&](std::int64_t begin, std::int64_t end) {

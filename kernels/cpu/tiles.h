@@ -9,19 +9,29 @@
 
 namespace dimkern {
 
+enum class Number { float64, float32, bfloat16, float16 };
+
+// Local features (images, L, K) with any strides, of any type: panels of columns are staged from them.
+struct Source {
+  const void* data;
+  Number number;
+  std::int64_t image, location, channel;  // strides, in numbers
+};
+
 // A block of rows against a block of columns.
 template <class T>
 struct Pairs {
   const char* estimator;
   std::int64_t R, M, K;
   const T* g;  // (R, K) scaled summaries
-  const T* c;  // (M, K) local features, row stride ldc
+  const T* c;  // (M, K) local features, row stride ldc; unused where there is a source
   std::int64_t ldc;
-  std::int64_t row0, col0;  // index of the first row and column in the batch
-  std::int64_t P, L;        // summaries and locations of one image: row r and column c are own if r / P == c / L
-  T clip;                   // the soft clip's t, or 0
-  const T* g_by_row;        // g packed for the score: strips of `lanes` rows, (K, lanes) each
-  const T* g_by_channel;    // g packed for the gradient of c: strips of `lanes` channels, (R, lanes) each
+  std::int64_t row0, col0;         // index of the first row and column in the batch
+  std::int64_t P, L;               // summaries and locations of one image: row r and column c are own if r / P == c / L
+  T clip;                          // the soft clip's t, or 0
+  const T* g_by_row;               // g packed for the score: strips of `lanes` rows, (K, lanes) each
+  const T* g_by_channel;           // g packed for the gradient of c: strips of `lanes` channels, (R, lanes) each
+  const Source* source = nullptr;  // where c is no matrix of T
 };
 
 // score + map for the statistics of columns [begin, end), kept where `keep` is given.

@@ -34,7 +34,7 @@ inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1
 
 template <class T>
 struct Scratch {
-  T *tile, *strip, *ref, *gain, *group, *total;
+  T *tile, *strip, *ref, *gain, *group, *total, *staging;
   explicit Scratch(void* memory) {
     tile = static_cast<T*>(memory);
     strip = tile + kPanel * kRowBlock;
@@ -42,6 +42,7 @@ struct Scratch {
     gain = ref + kRowBlock;
     group = gain + kRowBlock;
     total = group + kRowBlock;
+    staging = total + kRowBlock;  // (kPanel, K) where there is a source
   }
   static constexpr std::int64_t bytes = (kPanel * (kRowBlock + kLanes<T>)+4 * kRowBlock) * sizeof(T);
 };
@@ -103,11 +104,97 @@ DK_FN T slope(T clipped, T clip) {
   return T(1) - ratio * ratio;
 }
 
+// What a number of the source is in T.
 template <class T>
-void score(const Pairs<T>& p, const Tile& t, T* tile) {
+DK_FN T widened(double x) {
+  return static_cast<T>(x);
+}
+template <class T>
+DK_FN T widened(float x) {
+  return static_cast<T>(x);
+}
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+template <class T>
+DK_FN T widened(BFloat16 x) {
+  return static_cast<T>(detail::bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16));
+}
+template <class T>
+DK_FN T widened(Float16 x) {
+  const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fff) << 13;
+  const float finite = detail::bits_as<float>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals too
+  const std::uint32_t special = magnitude | 0x7f800000u;              // inf or NaN
+  const std::uint32_t bits = magnitude < (0x7c00u << 13) ? detail::bits_as<std::uint32_t>(finite) : special;
+  return static_cast<T>(detail::bits_as<float>(bits | static_cast<std::uint32_t>(x.bits & 0x8000) << 16));
+}
+
+// Columns [col, col + cols) of the source as a matrix (cols, K).
+template <class T, class From>
+void stage(const Pairs<T>& p, std::int64_t col, std::int64_t cols, T* __restrict panel) {
+  const Source& source = *p.source;
+  constexpr std::int64_t line = 16;  // channels written at a time, while neighbouring locations are read
+  for (std::int64_t begin = 0, count; begin < cols; begin += count) {
+    const std::int64_t location = (col + begin) % p.L;
+    count = least(cols - begin, p.L - location);  // of one image
+    const From* __restrict from =
+        static_cast<const From*>(source.data) + (col + begin) / p.L * source.image + location * source.location;
+    T* __restrict to = panel + begin * p.K;
+    if (source.channel == 1) {
+      for (std::int64_t l = 0; l < count; ++l) {
+        for (std::int64_t k = 0; k < p.K; ++k) to[l * p.K + k] = widened<T>(from[l * source.location + k]);
+      }
+      continue;
+    }
+    std::int64_t k = 0;
+    for (; k + line <= p.K; k += line) {
+      for (std::int64_t l = 0; l < count; ++l) {
+        const From* x = from + l * source.location + k * source.channel;
+        for (std::int64_t i = 0; i < line; ++i) to[l * p.K + k + i] = widened<T>(x[i * source.channel]);
+      }
+    }
+    for (std::int64_t l = 0; l < count; ++l) {
+      for (std::int64_t i = k; i < p.K; ++i)
+        to[l * p.K + i] = widened<T>(from[l * source.location + i * source.channel]);
+    }
+  }
+}
+
+// A panel's columns as a matrix, in place or staged.
+template <class T>
+struct Panel {
+  const T* c;
+  std::int64_t ld;
+};
+
+template <class T>
+Panel<T> panel_at(const Pairs<T>& p, std::int64_t col, std::int64_t cols, T* staging) {
+  if (!p.source) return {p.c + col * p.ldc, p.ldc};
+  switch (p.source->number) {
+    case Number::float64:
+      stage<T, double>(p, col, cols, staging);
+      break;
+    case Number::float32:
+      stage<T, float>(p, col, cols, staging);
+      break;
+    case Number::bfloat16:
+      stage<T, BFloat16>(p, col, cols, staging);
+      break;
+    case Number::float16:
+      stage<T, Float16>(p, col, cols, staging);
+      break;
+  }
+  return {staging, p.K};
+}
+
+template <class T>
+void score(const Pairs<T>& p, const Tile& t, const Panel<T>& panel, T* tile) {
   for (std::int64_t r = 0; r < t.rows; r += kLanes<T>) {
-    product<T, false>(t.cols, kLanes<T>, p.K, p.c + t.col * p.ldc, p.ldc, p.g_by_row + (t.row + r) * p.K, tile + r,
-                      kRowBlock, false);
+    product<T, false>(t.cols, kLanes<T>, p.K, panel.c, panel.ld, p.g_by_row + (t.row + r) * p.K, tile + r, kRowBlock,
+                      false);
   }
   if (p.clip == T(0)) return;
   for (std::int64_t c = 0; c < t.cols; ++c) {
@@ -198,9 +285,10 @@ void weigh(const Pairs<T>& p, const Weigh<T>& w, std::int64_t begin, std::int64_
   const Scratch<T> s(memory);
   for (std::int64_t r = 0; r < p.R; ++r) w.ref[r] = T(-__builtin_inf()), w.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
+    const Panel<T> columns = panel_at(p, col, least(kPanel, end - col), s.staging);
     for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
       const Tile t = tile_at(p, col, end, row);
-      score(p, t, s.tile);
+      score(p, t, columns, s.tile);
       for (std::int64_t c = 0; c < t.cols; ++c) {
         each_own(p, t, c, s.tile + c * kRowBlock, [&](T& x, std::int64_t own) { w.positives[own] = x; });
       }
@@ -271,12 +359,14 @@ void accumulate(const Pairs<T>& p, const Accumulate<T>& a, std::int64_t begin, s
   const Scratch<T> s(memory);
   for (std::int64_t r = 0; a.sum && r < p.R; ++r) a.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
+    const bool reads = !a.keep || a.grad_h;
+    const Panel<T> columns = reads ? panel_at(p, col, least(kPanel, end - col), s.staging) : Panel<T>{};
     for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
       const Tile t = tile_at(p, col, end, row);
       if (a.keep) {
         take_kept(p, a, t, s, panel);
       } else {
-        score(p, t, s.tile);
+        score(p, t, columns, s.tile);
         with_estimator(p.estimator, [&](auto estimator) { map_known<decltype(estimator)>(p, a, t, s); });
       }
       for (std::int64_t k = 0; a.grad_c && k < p.K; k += kLanes<T>) {
@@ -285,9 +375,9 @@ void accumulate(const Pairs<T>& p, const Accumulate<T>& a, std::int64_t begin, s
                           a.add_c || row > 0);
       }
       for (std::int64_t k = 0; a.grad_h && k < p.K; k += kLanes<T>) {
-        const std::int64_t columns = least(kLanes<T>, p.K - k);
-        pack_strip(p.c + col * p.ldc + k, p.ldc, t.cols, columns, s.strip);
-        product<T, true>(t.rows, columns, t.cols, s.tile, kRowBlock, s.strip, a.grad_h + row * p.K + k, p.K,
+        const std::int64_t channels = least(kLanes<T>, p.K - k);
+        pack_strip(columns.c + k, columns.ld, t.cols, channels, s.strip);
+        product<T, true>(t.rows, channels, t.cols, s.tile, kRowBlock, s.strip, a.grad_h + row * p.K + k, p.K,
                          a.add_h || col > begin);
       }
     }
