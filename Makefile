@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test lint format bench setup-oldest test-oldest clean
+.PHONY: help setup demo test sanitize lint format bench setup-oldest test-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,11 @@ demo: setup ## train Deep InfoMax on scikit-learn's digits, probe it and draw wh
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+sanitize: setup ## run the native tests under the address and undefined-behaviour sanitizers
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDIMKERN_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 lint: setup ## check formatting, style, types and the emitted sources
 	$(BIN)/ruff format --check .

@@ -1,5 +1,10 @@
 """One thread, and memory that nobody wrote is NaN: a result that reads it cannot pass for a right one."""
 
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,3 +29,31 @@ def poisoned_memory(request):
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def native_tests():
+    """Builds a target of the native tests in build/tests, incrementally; returns its executable."""
+    if not (shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++"))):
+        pytest.skip("needs cmake and a C++ compiler")
+    root = Path(__file__).resolve().parent.parent
+    build = root / "build" / "tests"
+    build.mkdir(parents=True, exist_ok=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") and not (build / "CMakeCache.txt").exists() else []
+
+    def executable(target):
+        with _locked(build / "lock"):  # the workers of pytest-xdist share the folder
+            for command in (["-S", root, "-B", build, *generator], ["--build", build, "--target", target]):
+                done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout + done.stderr
+        return build / target
+
+    return executable
+
+
+@contextlib.contextmanager
+def _locked(path):
+    fcntl = pytest.importorskip("fcntl")
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

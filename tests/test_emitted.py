@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,17 +22,11 @@ def test_emitted_sources_are_current():
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory) -> dict[tuple[str, str, str], np.ndarray]:
+def printed(native_tests) -> dict[tuple[str, str, str], np.ndarray]:
     """{(estimator, term, dtype): rows of (s, ref, value)} as the C++ functors computed them."""
-    if not (shutil.which("cmake") and (shutil.which("c++") or shutil.which("g++"))):
-        pytest.skip("needs cmake and a C++ compiler")
-    build = tmp_path_factory.mktemp("build")
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    subprocess.run(["cmake", "-S", ROOT, "-B", build, *generator], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", build, "--target", "print_terms"], check=True, stdout=subprocess.DEVNULL)
-    output = subprocess.run([build / "print_terms", *REGISTRY], check=True, capture_output=True, text=True).stdout
+    run = subprocess.run([native_tests("print_terms"), *REGISTRY], check=True, capture_output=True, text=True)
     table: dict[tuple[str, str, str], list[list[float]]] = {}
-    for line in output.splitlines():
+    for line in run.stdout.splitlines():
         name, term, dtype, *numbers = line.split()
         table.setdefault((name, term, dtype), []).append([float.fromhex(n) for n in numbers])
     return {key: np.array(rows) for key, rows in table.items()}
