@@ -1,11 +1,16 @@
 """One thread, and memory that nobody wrote is NaN: a result that reads it cannot pass for a right one."""
 
 import contextlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+# a thread that waits must not spin where others need its core; read when torch loads OpenMP
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 

@@ -18,7 +18,9 @@ namespace {
 using dimkern::Accumulate;
 using dimkern::Family;
 using dimkern::Isa;
+using dimkern::Number;
 using dimkern::Pairs;
+using dimkern::Source;
 using dimkern::Weigh;
 
 using Index = std::int64_t;
@@ -36,6 +38,13 @@ struct Array {
   T& operator[](Index i) { return data[i]; }
   const T& operator[](Index i) const { return data[i]; }
   T* get() const { return data.get(); }
+};
+
+struct Bytes {
+  Index size;
+  std::unique_ptr<char[]> data;
+  explicit Bytes(Index n) : size(n), data(new char[n]) { std::memset(data.get(), 0xff, static_cast<std::size_t>(n)); }
+  char* get() const { return data.get(); }
 };
 
 template <class T>
@@ -72,12 +81,27 @@ struct Variant {
   double clip;
   bool keep, add, own;
   Index threads;
+  enum { matrix, by_channel, by_location } layout;  // the features: a matrix in place, or staged from (images, K, L)
+  Number number;                                    // or from (images, L, K), of any type
 };
 
 const Variant kVariants[] = {
-    {0, true, false, true, 1},   {0, true, true, false, 3},   {2.5, true, false, true, 2},
-    {0, false, false, false, 1}, {2.5, false, true, true, 3}, {2.5, false, false, false, 2},
+    {0, true, false, true, 1, Variant::matrix, {}},
+    {0, true, true, false, 3, Variant::by_channel, Number::float32},
+    {2.5, true, false, true, 2, Variant::by_location, Number::bfloat16},
+    {0, false, false, true, 1, Variant::by_channel, Number::float16},
+    {0, false, false, false, 2, Variant::by_location, Number::float64},
+    {2.5, false, true, true, 3, Variant::matrix, {}},
+    {2.5, false, false, false, 1, Variant::by_channel, Number::bfloat16},
 };
+
+// The value of 16 bits with that many of mantissa.
+double half_value(std::uint16_t bits, int mantissa) {
+  const int exponent = (bits & 0x7fff) >> mantissa, bias = (1 << (14 - mantissa)) - 1;
+  const int fraction = (bits & ((1 << mantissa) - 1)) | (exponent ? 1 << mantissa : 0);
+  const double value = std::ldexp(fraction, std::max(exponent, 1) - bias - mantissa);
+  return bits & 0x8000 ? -value : value;
+}
 
 template <class T>
 class Check {
@@ -104,12 +128,19 @@ class Check {
         alpha(R),
         ref(R),
         own(R * shape.L),
-        scratch(isa.*Functions<T>::scratch),
+        bytes_of_number(variant.number == Number::float64   ? 8
+                        : variant.number == Number::float32 ? 4
+                                                            : 2),
+        stored(variant.layout == Variant::matrix ? 0 : shape.col_images * image() * bytes_of_number),
+        scratch(isa.*Functions<T>::scratch +
+                (variant.layout == Variant::matrix ? 0 : isa.panel * K * Index(sizeof(T)))),
         score(R * M) {
     std::mt19937 engine(static_cast<unsigned>(R * 31 + M * 7 + K));
     std::normal_distribution<double> normal;
     for (Index i = 0; i < g.size; ++i) g[i] = static_cast<T>(1.3 * normal(engine) / std::sqrt(double(K)));
-    for (Index i = 0; i < c.size; ++i) c[i] = static_cast<T>(normal(engine));
+    for (Index m = 0; m < M; ++m) {
+      for (Index k = 0; k < K; ++k) put(m, k, normal(engine), engine);
+    }
     for (Index i = 0; i < alpha.size; ++i) alpha[i] = static_cast<T>(normal(engine));
     for (Index i = 0; i < own.size; ++i) own[i] = static_cast<T>(normal(engine));
     for (Index r = 0; r < R; ++r) {
@@ -122,8 +153,23 @@ class Check {
   }
 
   void run() {
-    Pairs<T> p{name_, R,    M,        K,        g.get(),    c.get(),      ldc(),
-               row0,  col0, shape_.P, shape_.L, T(v_.clip), by_row.get(), by_channel.get()};
+    const bool staged = v_.layout != Variant::matrix;
+    const Source source{stored.get(), v_.number, image(), location(), channel()};
+    Pairs<T> p{name_,
+               R,
+               M,
+               K,
+               g.get(),
+               staged ? nullptr : c.get(),
+               staged ? 0 : ldc(),
+               row0,
+               col0,
+               shape_.P,
+               shape_.L,
+               T(v_.clip),
+               by_row.get(),
+               by_channel.get(),
+               staged ? &source : nullptr};
     (isa_.*Functions<T>::pack)(p, by_row.get(), by_channel.get());
     bool known = dimkern::with_estimator(name_, [&](auto estimator) {
       using E = decltype(estimator);
@@ -143,6 +189,35 @@ class Check {
     return (n + lanes - 1) / lanes * lanes;
   }
   Index ldc() const { return K + shape_.pad; }
+
+  // Strides of the source, in numbers.
+  Index location() const { return v_.layout == Variant::by_channel ? 1 : K + shape_.pad; }
+  Index channel() const { return v_.layout == Variant::by_channel ? shape_.L : 1; }
+  Index image() const { return v_.layout == Variant::by_channel ? K * shape_.L : (K + shape_.pad) * shape_.L; }
+
+  // Stores a feature, and in c what it reads as.
+  void put(Index m, Index k, double x, std::mt19937& engine) {
+    T& value = c[m * ldc() + k];
+    value = static_cast<T>(x);
+    if (v_.layout == Variant::matrix) return;
+    char* to = stored.get() + (m / shape_.L * image() + m % shape_.L * location() + k * channel()) * bytes_of_number;
+    const auto store = [&](auto number) { std::memcpy(to, &number, sizeof(number)); };
+    if (v_.number == Number::float64) {
+      store(double(value));
+    } else if (v_.number == Number::float32) {
+      store(float(value));
+      value = static_cast<T>(float(value));
+    } else {
+      // of all sizes to 2 and, of float16, subnormals; of both signs
+      const int mantissa = v_.number == Number::float16 ? 10 : 7;
+      const int bias = (1 << (14 - mantissa)) - 1, exponents = v_.number == Number::float16 ? bias + 1 : 12;
+      const unsigned exponent = bias - static_cast<unsigned>(engine() % unsigned(exponents));
+      const auto bits =
+          static_cast<std::uint16_t>((engine() & 0x8000) | exponent << mantissa | (engine() & ((1u << mantissa) - 1)));
+      store(bits);
+      value = static_cast<T>(half_value(bits, mantissa));
+    }
+  }
   bool is_own(Index r, Index m) const { return (row0 + r) / shape_.P == (col0 + m) / shape_.L; }
   static double finite(double x) { return std::isfinite(x) ? x : 0.0; }
   void* fresh_scratch() {
@@ -291,12 +366,8 @@ class Check {
   const Variant& v_;
   Index R, M, K, row0, col0, width, shares, panels, ld;
   Array<T> g, c, by_row, by_channel, positives, alpha, ref, own;
-  struct Bytes {
-    Index size;
-    std::unique_ptr<char[]> data;
-    explicit Bytes(Index n) : size(n), data(new char[n]) {}
-    char* get() const { return data.get(); }
-  } scratch;
+  Index bytes_of_number;
+  Bytes stored, scratch;
   Array<double> score;
 };
 

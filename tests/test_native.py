@@ -1,0 +1,113 @@
+"""The native CPU backend where its own blocks end: panels of columns, row blocks, strips; instruction sets; threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import BACKENDS, BF16, F32, F64, Case, assert_within_budget, ours, reductions
+
+from dimkern.estimators import REGISTRY
+from dimkern.native import WHY_NOT_LOADED, instruction_sets
+
+pytestmark = pytest.mark.skipif(WHY_NOT_LOADED is not None, reason=f"{WHY_NOT_LOADED} (continuous integration does)")
+LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in reductions(estimator)]
+ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
+SHAPES = {  # N, P, L, K around 512 rows, 240 or 120 columns, strips of 8, 16 or 32
+    "a row and columns beyond": (27, 19, 9, 33),
+    "one channel": (241, 1, 1, 1),
+    "two panels and a column": (37, 14, 13, 70),
+    "own-image rows in two row blocks": (21, 25, 23, 5),
+    "two images": (2, 3, 130, 40),
+    "an image fills row blocks": (2, 300, 125, 7),
+    "one row each, one location": (2, 1, 1, 3),
+    "strips exactly": (8, 4, 30, 32),
+}
+
+
+@pytest.fixture
+def threads(request):
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
+def _case(shape, **fields):
+    return Case(**{**dict(zip("NPLK", SHAPES[shape], strict=True)), "scale": SHAPES[shape][3] ** -0.5, **fields})
+
+
+def test_the_library_is_among_the_backends():
+    assert "cpu" in BACKENDS
+
+
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ragged_edges(shape, estimator):
+    """Blocks that end within a panel, a row block or a strip: within the error budget, in one block or in several."""
+    for reduction in {"mean", reductions(estimator)[-1]}:
+        for variant in (
+            {},
+            {"clip": 2.0, "l_dtype": F64},
+            {"budget": 0.0, "l_dtype": BF16},
+            {"l_layout": "transposed", "budget": 0.6},
+        ):
+            case = _case(shape, reduction=reduction, **variant)
+            assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
+
+
+@pytest.mark.parametrize(("estimator", "reduction"), LOSSES)
+def test_every_estimator_at_several_panels(estimator, reduction):
+    for fields in ({}, {"clip": 1.5}, {"needs": "l"}, {"needs": "m"}):
+        case = _case("a row and columns beyond", reduction=reduction, **fields)
+        assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
+
+
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+def test_threads(estimator, threads):
+    """Within the error budget for any number of threads, and the same to the last bit when run again."""
+    for reduction in {"mean", reductions(estimator)[-1]}:
+        for fields in ({}, {"clip": 2.0, "budget": 0.8}):
+            case = _case("two panels and a column", reduction=reduction, **fields)
+            first, again = ours(estimator, case, "cpu"), ours(estimator, case, "cpu")
+            assert_within_budget(estimator, case, first)
+            torch.testing.assert_close((again.loss, again.grads), (first.loss, first.grads), rtol=0, atol=0)
+
+
+def test_threads_do_share_the_work():
+    """The numbers of the threads' shares are summed in another order than one thread's: the test above tests some."""
+    case = _case("two panels and a column", l_dtype=F32)
+    alone = ours("w1", case, "cpu").grads["m"]
+    torch.set_num_threads(3)
+    try:
+        assert not torch.equal(ours("w1", case, "cpu").grads["m"], alone)
+    finally:
+        torch.set_num_threads(1)
+
+
+def _chosen(isa):
+    """The instruction set that runs where `isa` is asked for."""
+    code = "from dimkern.native import instruction_sets; print(instruction_sets())"
+    environment = {**os.environ, "DIMKERN_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return run.stdout.split("; ")[-1].strip()
+
+
+@pytest.mark.skipif("DIMKERN_CPU_ISA" in os.environ, reason="runs the tests above once for each instruction set")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """What was built and runs here is held to the same tests as the best."""
+    built, best = instruction_sets().split("; ")
+    if isa == best:
+        pytest.skip(f"{isa} is what the tests above ran")
+    if isa not in built.split() or _chosen(isa) != isa:
+        pytest.skip(f"{isa} is not built, or not supported by this processor")
+    some = "ragged_edges and infonce or several_panels and mean"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", some],
+        env={**environment, "DIMKERN_CPU_ISA": isa}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
