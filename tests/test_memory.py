@@ -52,8 +52,8 @@ def test_scratch_is_within_plan_and_budget(backend, estimator, variant, monkeypa
     """Forward, and the backward that sweeps again: what is allocated beyond outputs is what the plan said, or less."""
     fields = {"N": 24, "P": 2, "L": 20, "K": 16, **VARIANTS[variant]}
     plans = _run_within_budget(backend, estimator, fields, monkeypatch)
-    if backend == "streaming" or "wide" in variant:
-        assert len({plan.scratch for plan in plans}) >= 3  # the budgets did change something
+    if backend == "streaming" or "wide" in variant:  # the budgets did change something
+        assert len({plan.scratch for plan in plans}) >= (3 if backend == "streaming" else 2)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native CPU library was not built")
