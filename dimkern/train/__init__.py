@@ -48,6 +48,7 @@ def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = Fa
         print("no labels, so no probes: put each class in its own subfolder to have them")
     else:
         print("\n" + report.table_text(table) + "\n")
+        print(report.outcome(table))
     for path in (done.checkpoint, *paths):
         print(f"wrote {path}")
     return paths

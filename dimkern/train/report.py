@@ -177,3 +177,11 @@ def table_text(table: dict[str, Any]) -> str:
     lines = [f"{'held-out accuracy, %':22s}" + "".join(f"{heads[probe]:>17s}" for probe in PROBES)]
     lines += [f"{name:22s}" + "".join(f"{100 * values[probe]:17.1f}" for probe in PROBES) for name, values in rows]
     return "\n".join(lines)
+
+
+def outcome(table: dict[str, Any]) -> str:
+    """One sentence: what training did to the summary Y."""
+    before, after = table["untrained"]["Y"], table["trained"]["Y"]
+    changes = [f"{name} {100 * before[probe]:.1f} -> {100 * after[probe]:.1f} %"
+               for probe, name in (("linear", "all labels"), ("linear_few", f"{FEW} labels a class"))]  # fmt: skip
+    return f"linear probe on the summary Y, untrained -> trained: {', '.join(changes)}"
