@@ -25,7 +25,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         torch = importlib.util.find_spec("torch")
-        cmake = shutil.which("cmake")
+        cmake = shutil.which("cmake") or shutil.which("cmake", path=Path(sys.executable).parent)
         if torch is None or cmake is None:
             missing = "torch (install it first, and this package with --no-build-isolation)" if cmake else "cmake"
             print(f"dimkern: the native CPU library is left out: {missing} is not installed", file=sys.stderr)

@@ -8,7 +8,8 @@ The layers, from the outside in (nothing imports anything above it):
     backends/             the map step on each device
     plan, config          what to compute and how, within which memory
     estimators            the maths, one row for each estimator
-    reference             the naive pair tensor: the oracle and the honest baseline
+    reference             the naive pair tensor, beside `ops`: the oracle and the honest baseline
+    validate, native, explain   input errors; the native library; texts for people
 """
 
 from ._version import __version__

@@ -20,6 +20,7 @@ _budget: ContextVar[int | None] = ContextVar("dimkern_memory_budget", default=No
 
 def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
     """Bytes in `size`: an int, or text such as "256MB" (10^6) or "1GiB" (2^30)."""
+    given = size
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", size.upper())
         if not match or match[2] == "I":
@@ -28,13 +29,15 @@ def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
     elif isinstance(size, bool) or not isinstance(size, int):
         raise TypeError(f"{name} is a {type(size).__name__}; accepted are bytes as an int or text such as '256MB'")
     if size <= 0:
-        raise ValueError(f"{name} is {size}; it must be positive")
+        raise ValueError(f"{name} is {given!r}; it must be positive")
     return size
 
 
 @contextmanager
 def config(*, memory_budget: int | str) -> Iterator[None]:
     """Bound what a loss may allocate beyond its inputs, outputs and gradients, in this context.
+
+    The gradients of half-precision inputs are float32 from the forward until the upstream factor is in.
 
     Args:
         memory_budget: bytes, or text such as "256MB". Without it the environment variable

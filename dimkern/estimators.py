@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,8 +150,14 @@ REGISTRY: dict[str, Estimator] = {row.name: row for row in _ROWS}
 OFFICIAL_SELF_SCORE = -10.0
 
 
-# What closes a row. `positives` are the scores (N, P, L) of the own-image pairs; `negatives` (N, P) is the
-# row's negative term: E[h] (pointwise), D_r (row_lse), or the one D of all rows (global_lse).
+# What closes a row.
+
+
+class Scores(NamedTuple):
+    """All that a loss needs to know of the pairs."""
+
+    positives: Tensor  # (N, P, L) scores of the own-image pairs
+    negatives: Tensor  # (N, P) each row's negative term: E[h], D_r, or the one D of all rows
 
 
 def item_losses(estimator: Estimator, positives: Tensor, negatives: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from .config import memory_budget
 from .estimators import REGISTRY
 from .native import instruction_sets
-from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, why_not
-from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction
+from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, too_small_for_cpu, why_not
+from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
 
 
 def explain(
@@ -19,6 +19,7 @@ def explain(
     m: Tensor,
     *,
     loss: str = "infonce",
+    scale: float | Tensor | None = None,
     clip: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
@@ -28,7 +29,7 @@ def explain(
     Args:
         l, m: as for the loss; gradients are counted where they require them.
         loss: an estimator: "infonce", "dv", or a measure of `fenchel_dual_loss`, in either case.
-        clip, reduction, backend: as for the loss.
+        scale, clip, reduction, backend: as for the loss.
 
     Raises:
         ValueError, TypeError: as the loss would.
@@ -39,12 +40,12 @@ def explain(
     check_choice("loss", estimator, tuple(REGISTRY))
     check_reduction(estimator, reduction)
     chosen = choose_backend(backend, c.device)
-    problem = describe(
-        estimator, c, g, clip=check_clip(clip), grad_locals=l.requires_grad, grad_summaries=m.requires_grad,
-        weights_known=reduction == "none",
+    grad, factor, budget = torch.is_grad_enabled(), check_scale(scale, c, g), memory_budget(c.device)
+    p = describe(
+        estimator, c, g, clip=check_clip(clip), grad_locals=grad and l.requires_grad,
+        grad_summaries=grad and (m.requires_grad or factor.requires_grad), weights_known=grad and reduction == "none",
     )  # fmt: skip
-    p = problem
-    plan = None if chosen == "reference" else plan_for(problem, memory_budget(c.device), backend)
+    plan = None if chosen == "reference" else plan_for(p, budget, backend)
     pairs = p.rows * p.N * p.L
     lines = [
         f"{estimator}: N={p.N} images, P={p.P} summaries and L={p.L} locations each, K={p.K}, {_short(p.dtype)} inputs",
@@ -52,28 +53,32 @@ def explain(
         + ("built, more than once" if chosen == "reference" else "never built"),
         f"backend: {plan.backend if plan else chosen}",
     ]
-    lines += [f"  not {name}: {reason}" for name in BACKENDS if (reason := why_not(name, c.device))]
-    if plan is None:
-        return "\n".join(lines)
-    return "\n".join(lines + _plan_lines(plan))
+    reasons = {name: why_not(name, c.device) for name in BACKENDS}
+    if plan is not None and plan.backend != chosen:
+        reasons[chosen] = too_small_for_cpu(p, budget)
+    lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
+    return "\n".join(lines if plan is None else lines + _plan_lines(plan))
 
 
 def _plan_lines(plan: Plan) -> list[str]:
     p = plan.problem
     row_blocks, col_blocks = len(list(plan.row_blocks())), len(list(plan.col_blocks()))
-    gradients = [name for name, needed in (("l", p.grad_locals), ("m", p.grad_summaries)) if needed]
+    gradients = [name for name, needed in (("l", p.grad_locals), ("m or scale", p.grad_summaries)) if needed]
     why = {
         "rows outside": "a row block's weights are kept until the row sum is known",
         "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",
     }[plan.order]
-    staged = "copied block by block" if p.staged else "read in place"
+    copied = "panel by panel, in the cache" if plan.backend == "cpu" and p.strided else "block by block"
+    staged = f"copied {copied}" if p.staged else "read in place"
+    # known weights mean reduction="none": its forward is a product of its own, and its backward sweeps the pairs again
+    gemms = plan.gemms + (p.weights_known and p.needs_grad)
     traffic = (row_blocks * (2 + 2 * p.grad_locals) * p.N * p.L + p.rows * 2) * p.K * p.itemsize
     return [
         f"order: {plan.order} ({why})",
         f"blocks: {row_blocks} of {plan.row_images * p.P} rows x {col_blocks} of {plan.col_images * p.L} columns, "
         f"scores in {_short(p.score_dtype)}; local features {staged}",
-        f"work: {plan.gemms} matrix products over all pairs, {plan.flops / 1e9:,.3g} GFLOP, one exponential or so "
-        f"a pair; gradients: {', '.join(gradients) or 'none'}",
+        f"work: {gemms} matrix products over all pairs, {plan.flops * gemms / plan.gemms / 1e9:,.3g} GFLOP; "
+        f"gradients: {', '.join(gradients) or 'none'}",
         f"memory: reads and writes about {format_bytes(traffic)} of features and gradients; peak beyond inputs, "
         f"outputs and gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
     ]

@@ -11,9 +11,17 @@ from torch import Tensor
 from . import ops, reference
 from .estimators import OFFICIAL_SELF_SCORE, REGISTRY, item_losses, mutual_information
 from .plan import choose_backend
-from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
-
-_MEASURES = ("GAN", "JSD", "X2", "KL", "RKL", "H2", "W1", "DV")
+from .validate import (
+    as_locals,
+    as_summaries,
+    check_choice,
+    check_clip,
+    check_measure,
+    check_pair,
+    check_reduction,
+    check_scale,
+    refuse_forward_mode,
+)
 
 
 class LossParts(NamedTuple):
@@ -85,7 +93,7 @@ def fenchel_dual_loss(
         l: local features, (N, K, L) or (N, K, H, W), any strides, float64, float32, bfloat16 or float16.
         m: summary vectors, (N, K), (N, K, P) or (N, K, 1, 1).
         measure: "GAN", "JSD", "X2" (Pearson, s and s²/4 + s; cortex_DIM's is unbounded below), "KL" (NWJ),
-            "RKL", "H2", "W1", or "DV", which is `donsker_varadhan_loss`.
+            "RKL", "H2", "W1", or "DV", which is `donsker_varadhan_loss`; in either case.
         scale, clip, backend: as for `infonce_loss`.
         reduction: "mean", or "none" for each summary's share, whose mean is the loss.
         return_parts: return (loss, e_pos, e_neg, mi); mi is the bound itself for KL and DV, else the
@@ -97,9 +105,7 @@ def fenchel_dual_loss(
     Raises:
         ValueError, TypeError: as for `infonce_loss`.
     """
-    if not isinstance(measure, str) or measure.upper() not in _MEASURES:
-        check_choice("measure", measure, _MEASURES)
-    estimator = measure.lower()
+    estimator = check_measure(measure)
     check_reduction(estimator, reduction)
     return _loss(estimator, l, m, "exclude", scale, clip, reduction, backend, return_parts)
 
@@ -154,6 +160,8 @@ def _loss(
     row = REGISTRY[estimator]
 
     naive = choose_backend(backend, c.device) == "reference"
+    if not naive:
+        refuse_forward_mode(l, m, factor)
     if not naive and reduction != "none":
         grad = torch.is_grad_enabled()
         grad_c, grad_g = grad and c.requires_grad, grad and (g.requires_grad or factor.requires_grad)

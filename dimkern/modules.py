@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
+from .validate import check_choice, check_clip, check_measure, check_reduction
 
 
 class _PairLoss(nn.Module):
@@ -22,6 +23,9 @@ class _PairLoss(nn.Module):
         return_parts: bool = False,
     ) -> None:
         super().__init__()
+        if isinstance(scale, Tensor) and scale.grad_fn is not None:
+            raise ValueError("scale is the result of a computation; a module takes a Parameter, a tensor or a number")
+        check_clip(clip)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
@@ -32,7 +36,9 @@ class _PairLoss(nn.Module):
         return {name: getattr(self, name) for name in ("scale", "clip", "reduction", "backend", "return_parts")}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._keywords().items() if name != "scale")
+        own = {name: getattr(self, name) for name in ("measure", "self_mask") if hasattr(self, name)}
+        shown = {**own, **self._keywords()}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
 
 
 class InfoNCELoss(_PairLoss):
@@ -40,6 +46,8 @@ class InfoNCELoss(_PairLoss):
 
     def __init__(self, *, self_mask: str = "official", **keywords: Any) -> None:
         super().__init__(**keywords)
+        check_choice("self_mask", self_mask, ("official", "exclude"))
+        check_reduction("infonce", self.reduction)
         self.self_mask = self_mask
 
     def forward(self, l: Tensor, m: Tensor) -> Tensor | LossParts:
@@ -51,6 +59,7 @@ class FenchelDualLoss(_PairLoss):
 
     def __init__(self, measure: str = "JSD", **keywords: Any) -> None:
         super().__init__(**keywords)
+        check_reduction(check_measure(measure), self.reduction)
         self.measure = measure
 
     def forward(self, l: Tensor, m: Tensor) -> Tensor | LossParts:
@@ -59,6 +68,10 @@ class FenchelDualLoss(_PairLoss):
 
 class DonskerVaradhanLoss(_PairLoss):
     """`donsker_varadhan_loss` as a module."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        check_reduction("dv", self.reduction)
 
     def forward(self, l: Tensor, m: Tensor) -> Tensor | LossParts:
         return donsker_varadhan_loss(l, m, **self._keywords())

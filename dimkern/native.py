@@ -30,7 +30,8 @@ WHY_NOT_LOADED = _load()
 @lru_cache(maxsize=1)
 def warn_once(reason: str) -> None:
     """Say once in a process that the slower backend serves."""
-    warnings.warn(f"{reason}; until then the streaming backend serves: as exact, but slower", stacklevel=2)
+    text = f"{reason}; until then the streaming backend serves: as exact, but slower"
+    warnings.warn(text, stacklevel=8)  # the caller is beyond torch's dispatch
 
 
 def instruction_sets() -> str:

@@ -1,8 +1,7 @@
 """The torch.library ops: schemas, implementations, fakes and autograd. The only user of torch.library.
 
-Two ops pose one Problem:
-
 Local features come as (N, L, K) with any strides, or as (N, H, W, K) where no strides of (N, L, K) describe them.
+Two ops pose one Problem:
 
 - `mean_loss` returns the mean loss with its gradients already made (three GEMMs); backward multiplies
   them by the upstream scalar.
@@ -190,9 +189,17 @@ def _scaled(gradient, upstream):
     # loss.backward() gives a factor of 1, and a pass over the gradients costs up to a tenth of a whole loss; nobody
     # else holds them unless the graph is kept
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-    if not kept and type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
-        return gradient
-    return gradient * upstream
+    return gradient if not kept and _is_one(upstream) else gradient * upstream
+
+
+def _is_one(upstream):
+    """Whether a number on the CPU is 1; False for what only stands for numbers (traced, batched)."""
+    if type(upstream) is not Tensor or upstream.device.type != "cpu":
+        return False
+    try:
+        return upstream.item() == 1.0
+    except RuntimeError:  # a batched tensor has no one value
+        return False
 
 
 def _scores_context(ctx, inputs, output):

@@ -1,6 +1,6 @@
 """What to compute and how: a Problem, and the frozen Plan that a backend carries out.
 
-Owns every choice (backend, loop order, block and tile sizes) and the reasons for it. Runs nothing.
+Owns every choice (backend, loop order, block and tile sizes) and the reasons for it. Computes no loss.
 """
 
 from __future__ import annotations
@@ -219,11 +219,19 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
 def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
     chosen = choose_backend(backend, problem.device)
-    if backend == "auto" and chosen == "cpu" and _cpu_bytes(problem, 1, 1, False) > budget:
-        chosen = "streaming"  # whose tiles can be smaller
+    if backend == "auto" and chosen == "cpu" and too_small_for_cpu(problem, budget):
+        chosen = "streaming"
     elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
         warn_once(str(why_not("cpu", problem.device)))
     return make_plan(problem, budget, chosen)
+
+
+def too_small_for_cpu(problem: Problem, budget: int) -> str | None:
+    """Why "auto" leaves the native backend to streaming, whose tiles can be smaller; None if it does not."""
+    least = _cpu_bytes(problem, 1, 1, False)
+    if least <= budget:
+        return None
+    return f"its tiles take {format_bytes(least)}, the memory budget is {format_bytes(budget)}"
 
 
 def _cached_tile(p: Problem, row_images: int) -> int:

@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .estimators import REGISTRY, Estimator
+from .estimators import REGISTRY, Estimator, Scores
 from .plan import score_dtype_of
-from .streaming import Scores
 
 
 def scores(c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None) -> Scores:

@@ -16,12 +16,12 @@ Two loop orders, chosen by the plan:
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .estimators import mean_loss_weights
+from .estimators import Scores, mean_loss_weights
 from .plan import Plan, Problem
 
 
@@ -56,13 +56,6 @@ class Tiles(Protocol):
 
     def accumulate_own(self, own: Tensor) -> None:
         """Add the gradients of all own-image pairs, (N, P, L), that `accumulate` left out."""
-
-
-class Scores(NamedTuple):
-    """All that a loss needs to know of the pairs."""
-
-    positives: Tensor  # (N, P, L) scores of the own-image pairs
-    negatives: Tensor  # (N, P) each row's negative term: E[h], D_r, or the one D of all rows
 
 
 def measure(tiles: Tiles, plan: Plan, kappa: float) -> Scores:

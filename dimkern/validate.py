@@ -7,6 +7,7 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .estimators import REGISTRY
 from .plan import score_dtype_of
@@ -77,9 +78,26 @@ def check_clip(clip: float | None) -> float | None:
     return float(clip)
 
 
+def refuse_forward_mode(*inputs: Tensor) -> None:
+    """Without this a forward-mode derivative of the ops would silently be 0."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack = forward_ad.unpack_dual
+    if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
+        raise RuntimeError("dimkern's losses have no forward-mode derivative; use backend='reference' for that")
+
+
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def check_measure(measure: str) -> str:
+    """The estimator that a measure of `fenchel_dual_loss` names, in either case."""
+    measures = tuple(name.upper() for name, row in REGISTRY.items() if row.family != "row_lse")
+    if not isinstance(measure, str) or measure.upper() not in measures:
+        check_choice("measure", measure, measures)
+    return measure.lower()
 
 
 def check_reduction(estimator: str, reduction: str) -> None:
@@ -91,6 +109,8 @@ def check_reduction(estimator: str, reduction: str) -> None:
 def _check_tensor(name: str, x: Tensor, accepted: str, ranks: tuple[int, ...]) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is a {type(x).__name__}; accepted is a tensor {accepted}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} is {x.layout}; accepted are strided tensors")
     if x.ndim not in ranks:
         raise ValueError(f"{name} is {tuple(x.shape)}; accepted are {accepted}")
     if x.numel() == 0:

@@ -54,7 +54,7 @@ def _cpp_row(row: Estimator) -> str:
         f"struct {row.name.upper()} {{",
         f'  static constexpr const char* name = "{row.name}";',
         f"  static constexpr Family family = Family::{row.family};",
-        f"  static constexpr bool shares_map = {shared};  // psi and phi are one function",
+        f"  static constexpr bool shares_map = {shared};  // whether psi and phi are one function",
     ]
     for term, arguments in TERMS.items():
         text = getattr(row, f"{term}_text")

@@ -154,7 +154,7 @@ def test_sizes_that_are_no_sizes(size, monkeypatch):
     [
         (0, ValueError, ["memory_budget is 0", "positive"]),
         (-1, ValueError, ["memory_budget is -1", "positive"]),
-        ("0MB", ValueError, ["memory_budget is 0", "positive"]),
+        ("0MB", ValueError, ["memory_budget is '0MB'", "positive"]),
         (2.5e8, TypeError, ["memory_budget is a float", "int", "256MB"]),
         (None, TypeError, ["memory_budget is a NoneType", "int"]),
         (True, TypeError, ["memory_budget is a bool", "int"]),

@@ -254,3 +254,15 @@ def test_a_scale_of_zero(estimator, backend):
     (got,), (exact,) = torch.autograd.grad(loss, scale), torch.autograd.grad(expected, scale)
     torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13)
     assert got != 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("N", "L"), [(64, 64), (5, 49), (241, 1), (2, 300)])
+@pytest.mark.parametrize("score", [-1e4, -1000.0, 1e4])
+def test_panels_of_own_pairs_alone(N, L, score, backend):
+    """A row whose last panel of columns is its own image adds nothing there: every score alike, the loss is known."""
+    l, m = torch.full((N, 1, L), score, dtype=F64, requires_grad=True), torch.ones(N, 1, dtype=F64)
+    loss = dimkern.infonce_loss(l, m, self_mask="exclude", backend=backend)
+    torch.testing.assert_close(loss.item(), math.log(1 + (N - 1) * L), rtol=1e-12, atol=1e-9)
+    assert torch.autograd.grad(loss, l)[0].isfinite().all()
+    assert abs(dimkern.donsker_varadhan_loss(l, m, backend=backend).item()) < 1e-8

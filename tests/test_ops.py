@@ -309,3 +309,42 @@ def test_doctor():
         assert word in text
     for name in dimkern.BACKENDS:
         assert f"{name}: " in text
+
+
+def test_forward_mode_is_refused_not_zero():
+    l, m = torch.randn(3, 4, 5), torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda l: dimkern.fenchel_dual_loss(l, m), (l,), (torch.ones_like(l),))
+
+
+def test_batched_upstream_gradients():
+    l, m = (x.requires_grad_() for x in (torch.randn(3, 4, 5), torch.randn(3, 4)))
+    upstream = torch.randn(6)
+    batched = torch.autograd.grad(dimkern.infonce_loss(l, m), l, upstream, is_grads_batched=True)[0]
+    single = torch.autograd.grad(dimkern.infonce_loss(l, m), l)[0]
+    torch.testing.assert_close(batched, upstream.view(6, 1, 1, 1) * single)
+
+
+def test_modules_refuse_when_they_are_made_and_say_what_they_are():
+    for make in (
+        lambda: dimkern.InfoNCELoss(clip=-1.0),
+        lambda: dimkern.InfoNCELoss(self_mask="x"),
+        lambda: dimkern.FenchelDualLoss("JSD", reduction="sum"),
+        lambda: dimkern.FenchelDualLoss("ZZ"),
+        lambda: dimkern.DonskerVaradhanLoss(reduction="none"),
+        lambda: dimkern.InfoNCELoss(scale=nn.Parameter(torch.ones(())).exp()),
+    ):
+        with pytest.raises(ValueError, match=r"clip|self_mask|reduction|measure|scale"):
+            make()
+    assert "measure='KL'" in repr(dimkern.FenchelDualLoss("KL"))
+    assert "scale=2.0" in repr(dimkern.InfoNCELoss(scale=2.0))
+
+
+def test_explain_counts_every_product():
+    """reduction="none": a forward of one, a backward of three; nothing where no gradient is wanted."""
+    l, m = torch.randn(4, 3, 5, requires_grad=True), torch.randn(4, 3)
+    assert "work: 2 matrix products" in dimkern.explain(l, m)
+    assert "work: 3 matrix products" in dimkern.explain(l, m, reduction="none")
+    assert "work: 3 matrix products" in dimkern.explain(l, m, scale=torch.ones((), requires_grad=True))
+    with torch.no_grad():
+        assert "work: 1 matrix products" in dimkern.explain(l, m)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..estimators import Scores
 from ..plan import Plan, own_images
-from ..streaming import Scores
 from .torch import TorchTiles
 
 _native = torch.ops.dimkern_cpu

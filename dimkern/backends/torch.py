@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..estimators import Term
+from ..estimators import Scores, Term
 from ..plan import Plan, blocks
-from ..streaming import Scores
 
 
 class TorchTiles:

@@ -274,7 +274,9 @@ void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scrat
   for (std::int64_t r = 0; r < t.rows; ++r) {
     const T before = w.ref[t.row + r], now = raw[r] > before ? raw[r] : before;
     const double to = double(finite(now));
-    w.sum[t.row + r] = w.sum[t.row + r] * exp(double(before) - to) + double(s.total[r]) * exp(double(s.ref[r]) - to);
+    // a panel of own pairs alone adds nothing: its 0 * e^(0 - to) would be 0 * inf
+    const double added = s.total[r] == T(0) ? 0.0 : double(s.total[r]) * exp(double(s.ref[r]) - to);
+    w.sum[t.row + r] = w.sum[t.row + r] * exp(double(before) - to) + added;
     w.ref[t.row + r] = now;
   }
 }

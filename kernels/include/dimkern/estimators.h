@@ -18,7 +18,7 @@ template <class T> inline constexpr T log2 = T(0.6931471805599453);
 struct INFONCE {
   static constexpr const char* name = "infonce";
   static constexpr Family family = Family::row_lse;
-  static constexpr bool shares_map = true;  // psi and phi are one function
+  static constexpr bool shares_map = true;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return s; }
   template <class T>
@@ -33,7 +33,7 @@ struct INFONCE {
 struct DV {
   static constexpr const char* name = "dv";
   static constexpr Family family = Family::global_lse;
-  static constexpr bool shares_map = true;  // psi and phi are one function
+  static constexpr bool shares_map = true;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return s; }
   template <class T>
@@ -48,7 +48,7 @@ struct DV {
 struct JSD {
   static constexpr const char* name = "jsd";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { constexpr T log2 = constants::log2<T>; return log2 - softplus(-s); }
   template <class T>
@@ -63,7 +63,7 @@ struct JSD {
 struct GAN {
   static constexpr const char* name = "gan";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return -softplus(-s); }
   template <class T>
@@ -78,7 +78,7 @@ struct GAN {
 struct KL {
   static constexpr const char* name = "kl";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = true;  // psi and phi are one function
+  static constexpr bool shares_map = true;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return s; }
   template <class T>
@@ -93,7 +93,7 @@ struct KL {
 struct RKL {
   static constexpr const char* name = "rkl";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return -exp(-s); }
   template <class T>
@@ -108,7 +108,7 @@ struct RKL {
 struct H2 {
   static constexpr const char* name = "h2";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { constexpr T one = constants::one<T>; return one - exp(-s); }
   template <class T>
@@ -123,7 +123,7 @@ struct H2 {
 struct X2 {
   static constexpr const char* name = "x2";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return s; }
   template <class T>
@@ -138,7 +138,7 @@ struct X2 {
 struct W1 {
   static constexpr const char* name = "w1";
   static constexpr Family family = Family::pointwise;
-  static constexpr bool shares_map = false;  // psi and phi are one function
+  static constexpr bool shares_map = false;  // whether psi and phi are one function
   template <class T>
   static DK_FN T f([[maybe_unused]] T s) { return s; }
   template <class T>
