@@ -70,7 +70,10 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
             help=accepts["help"] + default,
         )
     groups["output"].add_argument(
-        "--resume", metavar="PATH", type=Path, help="go on from this checkpoint or run directory, with its settings"
+        "--resume",
+        metavar="PATH",
+        type=Path,
+        help="go on from this checkpoint or run directory, with its settings (and there, unless --out is given)",
     )
     groups["output"].add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
 

@@ -97,6 +97,16 @@ def test_resume_takes_unnamed_settings_from_the_checkpoint(tmp_path, digits):
     assert checkpoint.settings(tmp_path, {"epochs": 9}) == small(tmp_path, epochs=9)
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path, digits):
+    path = loop.train(small(tmp_path / "before", epochs=1), digits).checkpoint
+    now = path.parent.rename(tmp_path / "now")
+    for resume in (now, now / path.name):
+        assert checkpoint.settings(resume, {}).out == str(now)
+        assert checkpoint.settings(resume, {"out": "there"}).out == "there"
+    loop.train(checkpoint.settings(now, {"epochs": 2}), digits, now)
+    assert [child.name for child in tmp_path.iterdir()] == ["now"]
+
+
 def test_another_run_is_replaced_only_when_asked(tmp_path, digits):
     path = loop.train(small(tmp_path / "a", epochs=1), digits).checkpoint
     loop.train(small(tmp_path / "b", epochs=1), digits)

@@ -67,5 +67,6 @@ def load(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def settings(path: Path, given: dict[str, Any]) -> TrainConfig:
-    """The settings of the run at `path`, except where `given` has others."""
-    return TrainConfig(**{**load(path)[1]["config"], **given})
+    """The settings of the run at `path`, except where `given` has others; its directory is where it is now."""
+    file, state = load(path)
+    return TrainConfig(**{**state["config"], "out": str(file.parent), **given})
