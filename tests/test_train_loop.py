@@ -107,6 +107,19 @@ def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path, digits):
     assert [child.name for child in tmp_path.iterdir()] == ["now"]
 
 
+def test_a_finished_run_resumed_elsewhere_leaves_a_checkpoint_there(tmp_path, digits):
+    first = loop.train(small(tmp_path / "r2", epochs=1), digits)
+    again = loop.train(small(tmp_path / "r3", epochs=1), digits, tmp_path / "r2")
+    assert again.checkpoint == tmp_path / "r3" / checkpoint.NAME
+    assert torch.equal(
+        weights(first), weights(loop.train(checkpoint.settings(tmp_path / "r3", {}), digits, tmp_path / "r3"))
+    )
+    one, other = (
+        weights(loop.train(small(tmp_path / name, epochs=2), digits, tmp_path / name)) for name in ("r2", "r3")
+    )
+    assert torch.equal(one, other)
+
+
 def test_another_run_is_replaced_only_when_asked(tmp_path, digits):
     path = loop.train(small(tmp_path / "a", epochs=1), digits).checkpoint
     loop.train(small(tmp_path / "b", epochs=1), digits)

@@ -44,7 +44,7 @@ class Run:
 
 
 def train(config: TrainConfig, images: Images, resume: Path | None = None, *, overwrite: bool = False) -> Run:
-    """Train as `config` says, writing a checkpoint to `config.out` after every epoch.
+    """Train as `config` says, writing a checkpoint to `config.out` after every epoch, and where a run resumed moves.
 
     Args:
         resume: a checkpoint, or the directory of a run, to go on from. On a CPU the result is, to the last bit, that
@@ -83,7 +83,14 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
         order.set_state(saved["order"])
         history = saved["history"]
 
+    def save() -> Path:
+        state = {"config": dataclasses.asdict(config), "images": fingerprint, "versions": versions()}
+        checkpoint.save(path, {**state, "steps": steps.state_dict(), "order": order.get_state(), "history": history})
+        return path
+
     path = checkpoint.place(Path(config.out), last_good, overwrite)
+    if last_good is not None and last_good != path:
+        last_good = save()  # there may be no further epoch to do it, or none that ends well
     for epoch in range(len(history["seconds"]), config.epochs):
         started = time.perf_counter()
         batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)
@@ -97,9 +104,7 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
         if not steps.finite():
             raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
         history["seconds"].append(time.perf_counter() - started)
-        state = {"config": dataclasses.asdict(config), "images": fingerprint, "versions": versions()}
-        checkpoint.save(path, {**state, "steps": steps.state_dict(), "order": order.get_state(), "history": history})
-        last_good = path
+        last_good = save()
     return Run(config, images, untrained, model, history, device, last_good or path)
 
 
