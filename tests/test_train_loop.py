@@ -160,6 +160,26 @@ def test_foreign_checkpoint_is_refused(tmp_path):
         checkpoint.load(tmp_path / "other.pt")
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: [state.pop(key) for key in set(state) - {"format"}], "lacks config, images, steps, order, hist"),
+        (lambda state: state.pop("order"), "lacks order$"),
+        (lambda state: state.update(config=None), "its config lacks epochs$"),
+        (lambda state: state["config"].pop("epochs"), "its config lacks epochs$"),
+        (lambda state: state["config"].update(warmup=3, cosine=1), "does not know: cosine, warmup$"),
+    ],
+)
+def test_a_checkpoint_with_parts_missing_or_unknown_is_named(tmp_path, digits, change, says):
+    path = loop.train(small(tmp_path, epochs=1), digits).checkpoint
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    for use in (lambda: checkpoint.settings(tmp_path, {}), lambda: loop.train(small(tmp_path), digits, path)):
+        with pytest.raises(SettingError, match=f"^resume: {path} .*{says}"):
+            use()
+
+
 def test_nan_loss_stops_with_step_checkpoint_and_hint(tmp_path, digits, monkeypatch):
     honest, calls = loop.Steps.step, []
 

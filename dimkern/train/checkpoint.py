@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import zipfile
@@ -15,6 +16,7 @@ from .errors import SettingError
 
 NAME = "checkpoint.pt"
 FORMAT = 1
+PARTS = ("config", "images", "steps", "order", "history")  # what a run needs to go on
 
 
 def place(out: Path, source: Path | None, overwrite: bool) -> Path:
@@ -50,7 +52,7 @@ def load(path: Path) -> tuple[Path, dict[str, Any]]:
     """The file and what `save` wrote to it; `path` is the file or its run directory.
 
     Raises:
-        SettingError: nothing there, or not a checkpoint of this harness.
+        SettingError: nothing there, or not a whole checkpoint of this harness.
     """
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
@@ -63,6 +65,15 @@ def load(path: Path) -> tuple[Path, dict[str, Any]]:
         raise SettingError("resume", f"cannot read {file}: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise SettingError("resume", f"{file} is not a checkpoint of `dimkern train` (format {FORMAT})")
+    missing = [name for name in PARTS if name not in state]
+    if missing:
+        raise SettingError("resume", f"{file} is not a whole checkpoint: it lacks {', '.join(missing)}")
+    if not isinstance(state["config"], dict) or "epochs" not in state["config"]:
+        raise SettingError("resume", f"{file} is not a whole checkpoint: its config lacks epochs")
+    unknown = state["config"].keys() - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        names = ", ".join(sorted(map(str, unknown)))
+        raise SettingError("resume", f"{file} has settings that this version of dimkern does not know: {names}")
     return file, state
 
 
