@@ -23,6 +23,11 @@ from dimkern.train import TrainConfig, TrainingStopped
         ("--lr 0", "--lr: got 0.0, must be a positive number"),
         ("--lr nan", "--lr: got nan, must be a positive number"),
         ("--scale nan", "--scale: got nan, must be at least 0"),
+        ("--scale inf", "--scale: got inf, must be finite"),
+        ("--seed -1", "--seed: got -1, must be at least 0"),
+        (f"--seed {2**63}", f"--seed: got {2**63}, must be at most {2**63 - 1}"),
+        ("--threads 1025", "--threads: got 1025, must be at most 1024"),
+        ("--amp float16 --device cpu --data folder:/absent", "--amp: float16 needs CUDA"),
         ("--estimator mine", "--estimator: got 'mine', accepted are infonce, jsd"),
         ("--objective both", "--objective: got 'both', accepted are local, global"),
         ("--device tpu", "--device: got 'tpu', accepted are auto, cpu, cuda"),
@@ -43,6 +48,13 @@ def test_bad_flags_are_named(flags, says, capsys):
     assert stop.value.code == 2
     assert says in said
     assert said.count("\n") == 1
+
+
+def test_an_absent_device_is_named_before_the_data_is_read(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--device", "cuda", "--data", "folder:/absent"])
+    assert "--device: got cuda, but PyTorch finds none here" in capsys.readouterr().err
 
 
 def test_flags_reach_the_settings(monkeypatch):

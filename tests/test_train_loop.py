@@ -66,6 +66,10 @@ def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
     assert all(torch.equal(one[i][key], other[i][key]) for i in one for key in one[i])
 
 
+def test_the_largest_seed_trains(tmp_path, digits):
+    assert loop.train(small(tmp_path, epochs=1, seed=2**63 - 1), digits).history["loss"]
+
+
 def test_seed_decides_the_run(tmp_path, digits):
     first, again, other = (
         weights(loop.train(small(tmp_path / str(i), epochs=1, seed=s), digits)) for i, s in enumerate((3, 3, 4))

@@ -34,6 +34,7 @@ def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = Fa
         raise ModuleNotFoundError(f"training needs {', '.join(missing)}: pip install 'dimkern[train]'", name=missing[0])
     from . import data, loop, probes, report
 
+    loop.pick_device(config)  # refused before the data is read, which may take minutes
     images = data.load_images(config)
     shape, held_out = "x".join(map(str, images.train.shape[1:])), len(images.held_out)
     print(f"{images.name}: {len(images.train)} training and {held_out} held-out images of {shape}", flush=True)

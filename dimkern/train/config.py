@@ -22,12 +22,13 @@ def setting(
     *,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: int | None = None,
     metavar: str | None = None,
     may_change: bool = False,
 ) -> Any:
     """A field of TrainConfig. `may_change`: a resumed run may have another value."""
-    row = {"group": group, "help": help, "choices": choices, "least": least, "metavar": metavar}
-    return dataclasses.field(default=default, metadata={**row, "may_change": may_change})
+    row = {"group": group, "help": help, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata={**row, "metavar": metavar, "may_change": may_change})
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ class TrainConfig:
         64, "training", "images in a batch; the other images of a batch are the negatives", least=2
     )
     lr: float = setting(3e-4, "training", "learning rate of Adam (paper: 1e-4)")
-    seed: int = setting(0, "training", "seed of the initial weights and the batch order (never of the split)", least=0)
+    seed: int = setting(
+        0,
+        "training",
+        "seed of the initial weights and the batch order (never of the split)",
+        least=0,
+        most=2**63 - 1,  # what a torch.Generator takes
+    )
     device: str = setting(
         "auto",
         "training",
@@ -86,6 +93,7 @@ class TrainConfig:
         "training",
         "CPU threads; 0 takes one for images below 16x16, PyTorch's own number above",
         least=0,
+        most=1024,
         may_change=True,
     )
     amp: str = setting(
@@ -109,8 +117,12 @@ class TrainConfig:
                 raise SettingError(field.name, f"got {value!r}, accepted are {', '.join(accepts['choices'])}")
             if accepts["least"] is not None and not value >= accepts["least"]:  # NaN is refused too
                 raise SettingError(field.name, f"got {value}, must be at least {accepts['least']}")
+            if accepts["most"] is not None and value > accepts["most"]:
+                raise SettingError(field.name, f"got {value}, must be at most {accepts['most']}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise SettingError("lr", f"got {self.lr}, must be a positive number")
+        if not math.isfinite(self.scale):
+            raise SettingError("scale", f"got {self.scale}, must be finite")
 
 
 def refuse_changes(saved: dict[str, Any], now: TrainConfig) -> None:

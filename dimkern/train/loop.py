@@ -57,9 +57,7 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
     """
     if config.batch_size > len(images.train):
         raise SettingError("batch_size", f"got {config.batch_size}, there are {len(images.train)} training images")
-    device = pick_device(config.device)
-    if config.amp == "float16" and device.type != "cuda":
-        raise SettingError("amp", "float16 needs CUDA; accepted on a CPU are off and bfloat16")
+    device = pick_device(config)
 
     # The products of 8x8 images are too small to share: two threads on two busy cores were 20 times slower than one.
     if config.threads or images.train.shape[-1] < 16:
@@ -141,10 +139,15 @@ class Steps:
             getattr(self, name).load_state_dict(part)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
+def pick_device(config: TrainConfig) -> torch.device:
+    """Where to train; raises SettingError where this machine cannot do what --device and --amp ask for."""
+    found = torch.cuda.is_available()
+    if config.device == "cuda" and not found:
         raise SettingError("device", "got cuda, but PyTorch finds none here; accepted are auto and cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if config.device != "cpu" and found else "cpu")
+    if config.amp == "float16" and device.type != "cuda":
+        raise SettingError("amp", "float16 needs CUDA; accepted on a CPU are off and bfloat16")
+    return device
 
 
 def progress(batches: list[Tensor], epoch: int, epochs: int, history: dict[str, list[float]]) -> Iterator[Tensor]:
