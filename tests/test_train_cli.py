@@ -100,16 +100,17 @@ def test_a_stopped_run_says_so_without_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "dimkern train: stopped: the loss is nan in epoch 1\n"
 
 
-def test_missing_packages_say_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(train, "find_spec", lambda name: None if name == "sklearn" else object())
+@pytest.mark.parametrize("absent", ["sklearn", "threadpoolctl"])
+def test_missing_packages_say_what_to_install(monkeypatch, capsys, absent):
+    monkeypatch.setattr(train, "find_spec", lambda name: None if name == absent else object())
     assert cli.main(["train"]) == 1
-    assert capsys.readouterr().err == "dimkern train: error: training needs sklearn: pip install 'dimkern[train]'\n"
+    assert capsys.readouterr().err == f"dimkern train: error: training needs {absent}: pip install 'dimkern[train]'\n"
 
 
 def test_import_and_version_need_none_of_the_extra():
     code = (
         "import sys\n"
-        "for name in ('sklearn', 'matplotlib', 'tqdm', 'PIL'): sys.modules[name] = None\n"
+        "for name in ('sklearn', 'matplotlib', 'tqdm', 'PIL', 'threadpoolctl'): sys.modules[name] = None\n"
         "import dimkern.train\n"
         "from dimkern.cli import main\n"
         "main(['--version'])\n"

@@ -18,7 +18,7 @@ from .errors import SettingError, TrainingStopped
 
 __all__ = ["SettingError", "TrainConfig", "TrainingStopped", "run"]
 
-NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL")
+NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "threadpoolctl")
 
 
 def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = False) -> list[Path]:
