@@ -206,6 +206,16 @@ def test_a_weight_gone_bad_is_never_saved(tmp_path, digits, monkeypatch):
     assert not (tmp_path / checkpoint.NAME).exists()
 
 
+def test_the_threads_of_the_process_are_as_before(tmp_path, digits, monkeypatch):
+    before = torch.get_num_threads()
+    run = loop.train(small(tmp_path, epochs=1, threads=before + 1), digits)
+    assert (run.threads, torch.get_num_threads()) == (before + 1, before)
+    monkeypatch.setattr(loop.Steps, "finite", lambda self: False)
+    with pytest.raises(TrainingStopped):
+        loop.train(small(tmp_path / "bad", threads=before + 1), digits)
+    assert torch.get_num_threads() == before
+
+
 def test_bfloat16_stays_close_to_float32(tmp_path, digits):
     full, half = (
         loop.train(small(tmp_path / amp, epochs=1, amp=amp), digits).history["loss"] for amp in ("off", "bfloat16")

@@ -46,12 +46,14 @@ def test_calibration_counts_the_training_images_and_leaves_the_encoder_alone():
 
 
 def test_a_run_reports_what_it_did(tmp_path, capsys):
-    config = TrainConfig(width=8, fc=16, units=16, epochs=2, out=str(tmp_path), probe_images=300)
+    threads = torch.get_num_threads()
+    config = TrainConfig(width=8, fc=16, units=16, epochs=2, out=str(tmp_path), probe_images=300, threads=threads + 1)
     paths = run(config)
     said = capsys.readouterr().out
     assert {path.name for path in paths} == {"report.json", "curves.png", "probes.png", "score_map.png"}
     assert all(path.stat().st_size > 1000 and str(path) in said for path in paths)
     content = json.loads(paths[0].read_text())
+    assert (content["threads"], torch.get_num_threads()) == (threads + 1, threads)
     assert content["config"]["epochs"] == len(content["epochs"]["seconds"]) == 2
     assert np.mean(content["steps"]["loss"][:20]) == pytest.approx(content["epochs"]["loss"][0])
     assert f"{100 * content['probes']['trained']['Y']['linear']:.1f}" in said

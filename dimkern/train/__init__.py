@@ -38,13 +38,14 @@ def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = Fa
     images = data.load_images(config)
     shape, held_out = "x".join(map(str, images.train.shape[1:])), len(images.held_out)
     print(f"{images.name}: {len(images.train)} training and {held_out} held-out images of {shape}", flush=True)
-    done = loop.train(config, images, resume, overwrite=overwrite)
-    seconds = sum(done.history["seconds"])
-    print(f"trained {len(done.history['seconds'])} epochs in {seconds:.1f} s on {done.device.type}", flush=True)
+    with loop.cpu_threads(config, images):  # the probes and plots run the encoder too
+        done = loop.train(config, images, resume, overwrite=overwrite)
+        seconds = sum(done.history["seconds"])
+        print(f"trained {len(done.history['seconds'])} epochs in {seconds:.1f} s on {done.device.type}", flush=True)
 
-    started = time.perf_counter()
-    table = probes.probe_all(images, done.untrained, done.model.encoder, config.probe_images)
-    paths = report.write_report(done, table, time.perf_counter() - started)
+        started = time.perf_counter()
+        table = probes.probe_all(images, done.untrained, done.model.encoder, config.probe_images)
+        paths = report.write_report(done, table, time.perf_counter() - started)
     if table is None:
         print("no labels, so no probes: put each class in its own subfolder to have them")
     else:

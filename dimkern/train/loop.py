@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Run:
     model: DeepInfoMax
     history: dict[str, list[float]]  # "loss", "mi": one number a step; "seconds": one an epoch
     device: torch.device
+    threads: int  # of PyTorch, while it trained
     checkpoint: Path
 
 
@@ -58,10 +60,11 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
     if config.batch_size > len(images.train):
         raise SettingError("batch_size", f"got {config.batch_size}, there are {len(images.train)} training images")
     device = pick_device(config)
+    with cpu_threads(config, images):
+        return _train(config, images, device, resume, overwrite)
 
-    # The products of 8x8 images are too small to share: two threads on two busy cores were 20 times slower than one.
-    if config.threads or images.train.shape[-1] < 16:
-        torch.set_num_threads(config.threads or 1)
+
+def _train(config: TrainConfig, images: Images, device: torch.device, resume: Path | None, overwrite: bool) -> Run:
     torch.manual_seed(config.seed)
     encoder = Encoder(images.train.shape[1], max(images.train.shape[2:]), config.width, config.fc)
     model = DeepInfoMax(encoder, config.objective, config.units).to(device)
@@ -103,7 +106,20 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
             raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
         history["seconds"].append(time.perf_counter() - started)
         last_good = save()
-    return Run(config, images, untrained, model, history, device, last_good or path)
+    return Run(config, images, untrained, model, history, device, torch.get_num_threads(), last_good or path)
+
+
+@contextmanager
+def cpu_threads(config: TrainConfig, images: Images) -> Iterator[None]:
+    """The CPU threads of a run, for as long as the context lasts: their number is the whole process's."""
+    before = torch.get_num_threads()
+    # The products of 8x8 images are too small to share: two threads on two busy cores were 20 times slower than one.
+    if config.threads or images.train.shape[-1] < 16:
+        torch.set_num_threads(config.threads or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Steps:

@@ -42,7 +42,7 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
         "config": dataclasses.asdict(run.config),
         "versions": versions() | {"matplotlib": matplotlib.__version__, "numpy": np.__version__},
         "device": str(run.device),
-        "threads": torch.get_num_threads(),
+        "threads": run.threads,
         "images": run.images.fingerprint(),
         "train_images": len(run.images.train),
         "held_out_images": len(run.images.held_out),
