@@ -3,10 +3,12 @@
 The layers, from the outside in (nothing imports anything above it):
 
     functional, modules   the public losses: validate, choose, compute, reduce
-    ops                   torch.library ops with their autograd
+    ops, pair_ops         torch.library ops with their autograd: of the dot critic, of the pair MLP
+    one_negative          the losses with one negative for each image, in ordinary PyTorch
     streaming             the driver: score -> map -> finish -> accumulate over blocks of pairs
     backends/             the map step on each device
     plan, config          what to compute and how, within which memory
+    critics               critics with weights of their own
     estimators            the maths, one row for each estimator
     reference             the naive pair tensor, beside `ops`: the oracle and the honest baseline
     validate, native, explain   input errors; the native library; texts for people
@@ -14,6 +16,7 @@ The layers, from the outside in (nothing imports anything above it):
 
 from ._version import __version__
 from .config import config
+from .critics import PairMLPCritic
 from .explain import doctor, explain
 from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
 from .modules import DonskerVaradhanLoss, FenchelDualLoss, InfoNCELoss
@@ -25,6 +28,7 @@ __all__ = [
     "FenchelDualLoss",
     "InfoNCELoss",
     "LossParts",
+    "PairMLPCritic",
     "__version__",
     "config",
     "doctor",

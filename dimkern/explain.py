@@ -7,7 +7,9 @@ import platform
 import torch
 from torch import Tensor
 
+from . import pair_ops
 from .config import memory_budget
+from .critics import PairMLPCritic, check_critic
 from .estimators import REGISTRY
 from .native import instruction_sets
 from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, too_small_for_cpu, why_not
@@ -23,37 +25,49 @@ def explain(
     clip: float | None = None,
     reduction: str = "mean",
     backend: str = "auto",
+    critic: PairMLPCritic | None = None,
 ) -> str:
     """How a loss would be computed on these inputs: backend, loop order, blocks, FLOPs, bytes and peak memory.
 
     Args:
         l, m: as for the loss; gradients are counted where they require them.
         loss: an estimator: "infonce", "dv", or a measure of `fenchel_dual_loss`, in either case.
-        scale, clip, reduction, backend: as for the loss.
+        scale, clip, reduction, backend, critic: as for the loss.
 
     Raises:
         ValueError, TypeError: as the loss would.
     """
     c, g = as_locals(l), as_summaries(m)
-    check_pair(l, m, c, g)
+    check_critic(critic, c.device)
+    check_pair(l, m, c, g, None if critic is None else critic.channels)
     estimator = loss.lower() if isinstance(loss, str) else loss
     check_choice("loss", estimator, tuple(REGISTRY))
     check_reduction(estimator, reduction)
-    chosen = choose_backend(backend, c.device)
-    grad, factor, budget = torch.is_grad_enabled(), check_scale(scale, c, g), memory_budget(c.device)
-    p = describe(
-        estimator, c, g, clip=check_clip(clip), grad_locals=grad and l.requires_grad,
-        grad_summaries=grad and (m.requires_grad or factor.requires_grad), weights_known=grad and reduction == "none",
-    )  # fmt: skip
+    kind = "dot" if critic is None else "pair_mlp"
+    chosen = choose_backend(backend, c.device, kind)
+    clip, factor, known = check_clip(clip), check_scale(scale, c, g), torch.is_grad_enabled() and reduction == "none"
+    if critic is None:
+        grad = torch.is_grad_enabled()
+        p = describe(
+            estimator, c, g, clip=clip, grad_locals=grad and l.requires_grad,
+            grad_summaries=grad and (m.requires_grad or factor.requires_grad), weights_known=known,
+        )  # fmt: skip
+    else:
+        layers = critic.first_layer(c, g, factor)
+        p = pair_ops.problem_of(layers, estimator, clip, pair_ops.needed(layers), known)
+    budget = memory_budget(c.device)
     plan = None if chosen == "reference" else plan_for(p, budget, backend)
-    pairs = p.rows * p.N * p.L
+    pairs, (letter, width, what) = p.rows * p.N * p.L, ("K", 1, "the pair tensor")
+    if p.critic == "pair_mlp":
+        letter, width, what = "H", p.K, "each hidden layer of all pairs"
     lines = [
-        f"{estimator}: N={p.N} images, P={p.P} summaries and L={p.L} locations each, K={p.K}, {_short(p.dtype)} inputs",
-        f"pairs: {pairs:,}; the pair tensor would take {format_bytes(pairs * p.itemsize)} and is "
+        f"{estimator}: N={p.N} images, P={p.P} summaries and L={p.L} locations each, {letter}={p.K}, "
+        f"{_short(c.dtype)} inputs",
+        f"pairs: {pairs:,}; {what} would take {format_bytes(pairs * p.itemsize * width)} and is "
         + ("built, more than once" if chosen == "reference" else "never built"),
         f"backend: {plan.backend if plan else chosen}",
     ]
-    reasons = {name: why_not(name, c.device) for name in BACKENDS}
+    reasons = {name: why_not(name, c.device, kind) for name in BACKENDS}
     if plan is not None and plan.backend != chosen:
         reasons[chosen] = too_small_for_cpu(p, budget)
     lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
@@ -63,7 +77,8 @@ def explain(
 def _plan_lines(plan: Plan) -> list[str]:
     p = plan.problem
     row_blocks, col_blocks = len(list(plan.row_blocks())), len(list(plan.col_blocks()))
-    gradients = [name for name, needed in (("l", p.grad_locals), ("m or scale", p.grad_summaries)) if needed]
+    needed = (("l", p.grad_locals), ("m or scale", p.grad_summaries), ("the critic", p.grad_critic))
+    gradients = [name for name, need in needed if need]
     why = {
         "rows outside": "a row block's weights are kept until the row sum is known",
         "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",

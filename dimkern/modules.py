@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .critics import PairMLPCritic, check_critic
 from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
-from .validate import check_choice, check_clip, check_measure, check_reduction
+from .one_negative import NEGATIVES
+from .validate import check_choice, check_clip, check_generator, check_measure, check_reduction
+
+_KEYWORDS = ("scale", "clip", "reduction", "backend", "return_parts", "critic", "negatives", "generator")
 
 
 class _PairLoss(nn.Module):
-    """Keeps the keyword arguments of a loss; a `scale` that is a Parameter is registered and trained."""
+    """Keeps the keyword arguments of a loss; a `critic`, or a `scale` that is a Parameter, is registered, trained."""
 
     def __init__(
         self,
@@ -21,24 +26,33 @@ class _PairLoss(nn.Module):
         reduction: str = "mean",
         backend: str = "auto",
         return_parts: bool = False,
+        critic: PairMLPCritic | None = None,
+        negatives: str = "all",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         if isinstance(scale, Tensor) and scale.grad_fn is not None:
             raise ValueError("scale is the result of a computation; a module takes a Parameter, a tensor or a number")
         check_clip(clip)
+        check_critic(critic)
+        check_choice("negatives", negatives, NEGATIVES)
+        check_generator(generator, negatives)
         if isinstance(scale, Tensor) and not isinstance(scale, nn.Parameter):
             self.register_buffer("scale", scale)
         else:
             self.scale = scale
         self.clip, self.reduction, self.backend, self.return_parts = clip, reduction, backend, return_parts
+        self.critic, self.negatives, self.generator = critic, negatives, generator
 
     def _keywords(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("scale", "clip", "reduction", "backend", "return_parts")}
+        return {name: getattr(self, name) for name in _KEYWORDS}
 
     def extra_repr(self) -> str:
         own = {name: getattr(self, name) for name in ("measure", "self_mask") if hasattr(self, name)}
         shown = {**own, **self._keywords()}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor))
+        return ", ".join(
+            f"{name}={value!r}" for name, value in shown.items() if not isinstance(value, Tensor | nn.Module)
+        )
 
 
 class InfoNCELoss(_PairLoss):

@@ -48,6 +48,8 @@ class Problem:
     clip: float | None = None
     threads: int = 1
     strided: bool = True  # the local features are (N, L, K) with strides, not (N, H, W, K)
+    critic: str = "dot"  # or "pair_mlp", whose K is H, the units of a hidden layer
+    grad_critic: bool = False
 
     @property
     def rows(self) -> int:
@@ -56,7 +58,7 @@ class Problem:
 
     @property
     def needs_grad(self) -> bool:
-        return self.grad_locals or self.grad_summaries
+        return self.grad_locals or self.grad_summaries or self.grad_critic
 
     @property
     def row(self) -> Estimator:
@@ -76,6 +78,8 @@ def describe(
     grad_locals: bool,
     grad_summaries: bool,
     weights_known: bool = False,
+    critic: str = "dot",
+    grad_critic: bool = False,
 ) -> Problem:
     """The Problem that these tensors pose."""
     N, L, K = c.shape[0], c.shape[1:-1].numel(), c.shape[-1]
@@ -83,7 +87,8 @@ def describe(
     staged = c.dtype != score_dtype or not is_matrix_view(c)
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
-        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1, c.ndim == 3,
+        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1, c.ndim == 3, critic,
+        grad_critic,
     )  # fmt: skip
 
 
@@ -125,13 +130,15 @@ class Plan:
         """Matrix products over all pairs."""
         p = self.problem
         gradients = p.grad_locals + p.grad_summaries
+        if p.critic == "pair_mlp":  # the gradient by the first hidden layer serves both inputs
+            gradients = p.grad_critic + (p.grad_locals or p.grad_summaries)
         again = self.order == "columns outside" and p.row.family != "pointwise" and p.needs_grad and not p.weights_known
         return 1 + gradients + again
 
     @property
     def flops(self) -> int:
         p = self.problem
-        return self.gemms * 2 * p.rows * p.N * p.L * p.K
+        return self.gemms * 2 * p.rows * p.N * p.L * p.K * (p.K if p.critic == "pair_mlp" else 1)
 
 
 def blocks(images: int, block: int) -> Iterator[slice]:
@@ -140,10 +147,12 @@ def blocks(images: int, block: int) -> Iterator[slice]:
         yield slice(start, min(start + block, images))
 
 
-def why_not(backend: str, device: torch.device) -> str | None:
+def why_not(backend: str, device: torch.device, critic: str = "dot") -> str | None:
     """None if `backend` can serve tensors on `device`, else the reason a user should read."""
     if backend in ("reference", "streaming"):
         return None
+    if critic == "pair_mlp" and backend in BACKENDS:
+        return f"the {backend} backend has no kernels for the pair MLP critic; the streaming backend serves instead"
     if backend == "cpu":
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
@@ -153,15 +162,15 @@ def why_not(backend: str, device: torch.device) -> str | None:
     raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, sorted(BACKENDS)))}")
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
+def choose_backend(backend: str, device: torch.device, critic: str = "dot") -> str:
     """The backend to use for the one asked for ("auto": the first that can).
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve here (the message says why).
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, device) is None)
-    reason = why_not(backend, device)
+        return next(name for name in BACKENDS if why_not(name, device, critic) is None)
+    reason = why_not(backend, device, critic)
     if reason is not None:
         raise ValueError(f"backend is {backend!r}: {reason}")
     return backend
@@ -175,6 +184,8 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
         ValueError: not even one image against one image fits; the message says how much would.
     """
     p = problem
+    if p.critic == "pair_mlp":
+        return _pair_mlp_plan(p, budget, backend)
     footprint, widest = {"streaming": (_streaming_bytes, _cached_tile), "cpu": (_cpu_bytes, _all_columns)}[backend]
 
     def plan(order: str, row_images: int, col_images: int) -> Plan:
@@ -204,21 +215,57 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
 
     lean = tallest("columns outside")
     if lean is None:
-        least = _rounded_up(plan("columns outside", 1, 1).scratch)
-        raise ValueError(
-            f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, K={p.K}) needs "
-            f"at least {format_bytes(least)}: raise it with dimkern.config(memory_budget=...) "
-            "or the environment variable DIMKERN_MEMORY_BUDGET"
-        )
+        raise _too_small(budget, plan("columns outside", 1, 1))
     if p.row.family == "pointwise" or p.weights_known or not p.needs_grad:
         return lean
     fast = tallest("rows outside")
     return lean if fast is None or len(list(fast.row_blocks())) > _MOST_ROW_BLOCKS else fast
 
 
+def _pair_mlp_plan(p: Problem, budget: int, backend: str) -> Plan:
+    """Tiles of pairs whose hidden layers stay in the cache, about as many rows as columns.
+
+    A row block's second hidden layer is kept as one truth value a unit, all that its gradients need, where the
+    weights wait for the row's sum.
+    """
+
+    def plan(order: str, row_images: int, col_images: int) -> Plan:
+        kept = order == "rows outside"
+        scratch = _pair_mlp_bytes(p, row_images, col_images, kept)
+        return Plan(p, backend, order, row_images, col_images, budget, scratch)
+
+    pairs = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES) // (p.K * p.itemsize)
+    col_images = max(1, min(p.N, int(pairs**0.5) // p.L))
+    orders = ["columns outside"]
+    if p.row.family != "pointwise" and p.needs_grad and not p.weights_known:
+        orders.insert(0, "rows outside")
+    for order in orders:
+        cols, row_images = col_images, max(1, min(p.N, pairs // (col_images * p.L * p.P)))
+        while True:
+            tried = plan(order, row_images, cols)
+            if tried.scratch <= budget:
+                return tried
+            if row_images == cols == 1:
+                break
+            row_images, cols = ((row_images + 1) // 2, cols) if row_images >= cols else (row_images, (cols + 1) // 2)
+    raise _too_small(budget, tried)
+
+
+def _too_small(budget: int, least: Plan) -> ValueError:
+    p = least.problem
+    width = "H" if p.critic == "pair_mlp" else "K"
+    return ValueError(
+        f"memory_budget is {format_bytes(budget)}; this problem (N={p.N}, P={p.P}, L={p.L}, {width}={p.K}) needs "
+        f"at least {format_bytes(_rounded_up(least.scratch))}: raise it with dimkern.config(memory_budget=...) "
+        "or the environment variable DIMKERN_MEMORY_BUDGET"
+    )
+
+
 def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
-    chosen = choose_backend(backend, problem.device)
+    chosen = choose_backend(backend, problem.device, problem.critic)
+    if problem.critic != "dot":
+        return make_plan(problem, budget, chosen)
     if backend == "auto" and chosen == "cpu" and too_small_for_cpu(problem, budget):
         chosen = "streaming"
     elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
@@ -265,6 +312,17 @@ def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
     staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged else 0
     return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes + staging
+
+
+def _pair_mlp_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
+    rows, cols = row_images * p.P, col_images * p.L
+    beside = not (p.row.shares_map and p.row.phi.in_place)  # psi, or what phi is made from
+    scores = rows * cols * (1 + beside + (p.clip is not None)) * p.itemsize
+    layers = rows * cols * p.K * p.itemsize * (2 + (p.grad_locals or p.grad_summaries))
+    weights = p.K * (p.K + 4) * p.itemsize if p.needs_grad else 0  # w3∘W2
+    kept_bytes = rows * p.N * p.L * (p.K + p.itemsize) if kept else 0
+    reduced = (rows + cols) * p.K * p.itemsize if p.needs_grad else 0
+    return _common_bytes(p, rows, col_images) + scores + layers + weights + kept_bytes + reduced
 
 
 def own_images(p: Problem) -> int:

@@ -34,20 +34,31 @@ def as_summaries(m: Tensor) -> Tensor:
     return m.unsqueeze(1) if m.ndim == 2 else m.flatten(2).transpose(1, 2)
 
 
-def check_pair(l: Tensor, m: Tensor, c: Tensor, g: Tensor) -> None:
-    """The two inputs belong together and have negatives."""
-    for letter, of_l, of_m in (("N", c.shape[0], g.shape[0]), ("K", c.shape[-1], g.shape[-1])):
-        if of_l != of_m:
-            raise ValueError(
-                f"l and m disagree on {letter}: l is {tuple(l.shape)} with {letter}={of_l}, "
-                f"m is {tuple(m.shape)} with {letter}={of_m}"
-            )
-    if c.shape[0] < 2:
+def check_pair(
+    l: Tensor, m: Tensor, c: Tensor, g: Tensor, channels: tuple[int, int] | None, least_images: int = 2
+) -> None:
+    """The two inputs belong together, have negatives, and have the channels that the critic takes."""
+    _check_same("N", l, m, c.shape[0], g.shape[0])
+    if channels is None:
+        _check_same("K", l, m, c.shape[-1], g.shape[-1])
+    else:
+        for name, x, of_x, accepted in (("l", l, c.shape[-1], channels[0]), ("m", m, g.shape[-1], channels[1])):
+            if of_x != accepted:
+                raise ValueError(f"{name} is {tuple(x.shape)} with {of_x} channels; the critic takes {accepted}")
+    if c.shape[0] < least_images:
         raise ValueError(
             f"l is {tuple(l.shape)} with N=1: a loss needs at least two images, the negatives come from the others"
         )
     if l.device != m.device:
         raise ValueError(f"l and m are on different devices: l on {l.device}, m on {m.device}")
+
+
+def _check_same(letter: str, l: Tensor, m: Tensor, of_l: int, of_m: int) -> None:
+    if of_l != of_m:
+        raise ValueError(
+            f"l and m disagree on {letter}: l is {tuple(l.shape)} with {letter}={of_l}, "
+            f"m is {tuple(m.shape)} with {letter}={of_m}"
+        )
 
 
 def check_scale(scale: float | Tensor | None, c: Tensor, g: Tensor) -> Tensor:
@@ -76,6 +87,23 @@ def check_clip(clip: float | None) -> float | None:
     if not (clip > 0 and math.isfinite(clip)):
         raise ValueError(f"clip is {clip}; accepted are None or a positive finite number")
     return float(clip)
+
+
+def check_count(name: str, count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name} is a {type(count).__name__}; accepted is a positive int")
+    if count < 1:
+        raise ValueError(f"{name} is {count}; accepted is a positive int")
+    return count
+
+
+def check_generator(generator: torch.Generator | None, negatives: str) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; accepted are None or a torch.Generator")
+    if negatives != "permute":
+        raise ValueError(f"generator is given, and negatives is {negatives!r}, where nothing is drawn; see 'permute'")
 
 
 def refuse_forward_mode(*inputs: Tensor) -> None:

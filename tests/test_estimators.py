@@ -149,7 +149,7 @@ def test_a_new_row_agrees_with_the_reference_backend(monkeypatch):
     l, m, scale = Case(N=7, P=2, l_dtype=F64, m_dtype=F64).tensors()
     c, g = l.mT, m.mT
     streamed = functional.ops.scores(c, g, scale, "sq", 0.0, None)
-    naive = reference.scores(c, g, scale, "sq", 0.0, None)
+    naive = reference.scores(c, g, scale, None, "sq", 0.0, None)
     upstream = [torch.randn_like(x) for x in naive]
     for ours_, theirs in zip(
         (*streamed[:2], *torch.autograd.grad(streamed[:2], (l, m, scale), upstream)),

@@ -58,9 +58,7 @@ class TorchTiles:
         return self._per_row(ref), self._per_row(sums)
 
     def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
-        self._accumulate(self._kept.pop(cols.start), rows, cols, alpha)
-        if own is not None:
-            self._accumulate_own(rows, cols, own)
+        self._accumulate(self._kept.pop(cols.start), rows, cols, alpha, own)
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         tile = self._score(rows, cols, self._tile("scores"))
@@ -70,8 +68,7 @@ class TorchTiles:
             ref = ref.to(self._p.score_dtype).reshape(-1, 1)
             self._own(tile, rows, cols, -torch.inf)
         sums = self._map(tile, ref, rows, cols)
-        self._accumulate(tile, rows, cols, alpha)
-        self._accumulate_own(rows, cols, own)
+        self._accumulate(tile, rows, cols, alpha, own)
         return self._per_row(sums)
 
     def whole(self, kappa: float) -> Scores | None:
@@ -139,7 +136,7 @@ class TorchTiles:
             blocks = tile.view(rows.stop - rows.start, self._p.P, cols.stop - cols.start, self._p.L)
             blocks[_within(images, rows), :, _within(images, cols)].diagonal(dim1=0, dim2=2).fill_(value)
 
-    def _accumulate(self, tile: Tensor, rows: slice, cols: slice, alpha: Tensor) -> None:
+    def _accumulate(self, tile: Tensor, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
         alpha = alpha.to(self._p.score_dtype).reshape(-1, 1)  # (rows, 1)
         if self._grad_h is not None:
             grad = self._grad_h[rows].flatten(0, 1)
@@ -153,6 +150,8 @@ class TorchTiles:
             g = self._g[rows].flatten(0, 1)
             scaled = torch.mul(g, alpha, out=self._product(g))
             self._grad_c[cols].flatten(0, 1).addmm_(tile.t(), scaled, beta=1 if rows.start else 0)
+        if own is not None:
+            self._accumulate_own(rows, cols, own)
 
     def _accumulate_own(self, rows: slice, cols: slice, own: Tensor) -> None:
         images = _both(rows, cols)
