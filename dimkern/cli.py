@@ -18,6 +18,7 @@ TRAIN_EXAMPLES = """\
 examples:
   dimkern train
   dimkern train --estimator jsd --out runs/jsd
+  dimkern train --data fashion-mnist --preset dim-l --batch-size 4096 --chunk 256 --out runs/large
   dimkern train --data folder:photos --image-size 64 --width 64 --out runs/photos
   dimkern train --resume runs/photos --epochs 40
 """
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_train(parser: argparse.ArgumentParser) -> Runner:
-    from dimkern.train import SettingError, TrainConfig, TrainingStopped
+    from dimkern.train import PRESETS, SettingError, TrainConfig, TrainingStopped
 
     parser.usage = "%(prog)s [options]"
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -69,6 +70,10 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
             metavar=accepts["metavar"] or "|".join(accepts["choices"]) or {int: "N", float: "X"}[kind],
             help=accepts["help"] + default,
         )
+    weights = "; ".join(f"{name}: " + ", ".join(f"{k} {v}" for k, v in row.items()) for name, row in PRESETS.items())
+    groups["objective"].add_argument(
+        "--preset", choices=PRESETS, help=f"the weights of the paper ({weights}); flags given beside it win"
+    )
     groups["output"].add_argument(
         "--resume",
         metavar="PATH",
@@ -81,7 +86,9 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
         from dimkern import train
         from dimkern.train import checkpoint
 
-        given = {key: value for key, value in vars(arguments).items() if key not in ("run", "resume", "overwrite")}
+        own = ("run", "resume", "overwrite", "preset")
+        given = {key: value for key, value in vars(arguments).items() if key not in own}
+        given = PRESETS.get(arguments.preset, {}) | given
         try:
             config = TrainConfig(**given) if arguments.resume is None else checkpoint.settings(arguments.resume, given)
             train.run(config, arguments.resume, overwrite=arguments.overwrite)

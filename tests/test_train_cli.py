@@ -10,7 +10,7 @@ import pytest
 
 import dimkern
 from dimkern import cli, train
-from dimkern.train import TrainConfig, TrainingStopped
+from dimkern.train import TrainConfig, TrainingStopped, probes
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,17 @@ from dimkern.train import TrainConfig, TrainingStopped
         ("--threads 1025", "--threads: got 1025, must be at most 1024"),
         ("--amp float16 --device cpu --data folder:/absent", "--amp: float16 needs CUDA"),
         ("--estimator mine", "--estimator: got 'mine', accepted are infonce, jsd"),
-        ("--objective both", "--objective: got 'both', accepted are local, global"),
+        ("--objective all", "--objective: got 'all', accepted are local, global, both"),
+        ("--preset dim", "--preset: invalid choice: 'dim'"),
+        ("--gamma inf", "--gamma: got inf, must be finite"),
+        ("--chunk 48", "--chunk: got 48, must be 0 or at least 2, and divide 64"),
+        ("--chunk 32 --norm-batch 64", "--norm-batch: got 64, must be 0 or at least 2, and divide 32"),
+        ("--pool 1", "--pool: got 1, must be 0 or at least 2"),
+        ("--train-images 9999", "--train-images: got 9999, digits has 1343"),
+        ("--data cifar10 --data-root /absent", "--data-root: no data_batch_1.bin in /absent or /absent/cifar-10-bat"),
         ("--device tpu", "--device: got 'tpu', accepted are auto, cpu, cuda"),
         ("--amp int8", "--amp: got 'int8', accepted are off, bfloat16, float16"),
-        ("--data cifar", "--data: got 'cifar', accepted are digits, fashion-mnist and folder:PATH"),
+        ("--data cifar", "--data: got 'cifar', accepted are digits, fashion-mnist, cifar10, cifar100 and"),
         ("--data folder:/absent", "--data: /absent is not a folder"),
         ("--data fashion-mnist --data-root /absent", "--data-root: no train-images-idx3-ubyte"),
         ("--resume /absent", "--resume: no checkpoint at /absent"),
@@ -71,6 +78,13 @@ def test_flags_reach_the_settings(monkeypatch):
     assert got == [(other, None, True), (TrainConfig(), None, False)]
 
 
+def test_a_preset_sets_the_weights_and_flags_beside_it_win(monkeypatch, capsys):
+    got = []
+    monkeypatch.setattr(train, "run", lambda config, resume, overwrite: got.append(config))
+    assert cli.main(["train", "--preset", "dim-lg"]) == cli.main(["train", "--gamma", "0.3", "--preset", "dim-g"]) == 0
+    assert got == [TrainConfig(objective="both", alpha=0.5, gamma=0.1), TrainConfig(objective="global", gamma=0.3)]
+
+
 def test_help_shows_every_setting_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "--help"])
@@ -81,7 +95,9 @@ def test_help_shows_every_setting_with_its_default(capsys):
         assert field.default == "" or f"(default: {field.default})" in said
 
 
-def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys):
+def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probes, "STEPS", 1)
+    monkeypatch.setattr(probes, "EPOCHS", 1)
     small = ["--width", "4", "--fc", "8", "--units", "8", "--epochs", "1", "--out", str(tmp_path)]
     assert cli.main(["train", *small]) == 0
     with pytest.raises(SystemExit):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 from dimkern.train import SettingError, TrainConfig
-from dimkern.train.data import load_digits, load_fashion_mnist, load_folder, load_images, read_idx, split
+from dimkern.train.data import augmented, load_digits, load_fashion_mnist, load_folder, load_images, read_idx, split
 
 
 def write_idx(path: Path, array: np.ndarray, *, zipped: bool = False) -> None:
@@ -131,3 +133,84 @@ def test_fingerprint_sees_one_pixel():
     before = images.fingerprint()
     images.train[5, 0, 3, 3] ^= 1
     assert images.fingerprint() != before
+
+
+def write_cifar(root: Path, files: dict[str, int], label_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Records of random bytes, 7 (or as many as `files` says) in each file; the pixels and labels written."""
+    rng = np.random.default_rng(3)
+    root.mkdir(parents=True)
+    written = {name: rng.integers(0, 256, (count, label_bytes + 3072), np.uint8) for name, count in files.items()}
+    for name, records in written.items():
+        (root / name).write_bytes(records.tobytes())
+    records = np.concatenate(list(written.values()))
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_cifar_gives_back_what_was_written(tmp_path, name, inside):
+    folder = {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
+    place = tmp_path / "below" / folder if inside else tmp_path / "elsewhere"
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)] if name == "cifar10" else ["train.bin"]
+    held_out = "test_batch.bin" if name == "cifar10" else "test.bin"
+    pixels, labels = write_cifar(place, dict.fromkeys(train, 7) | {held_out: 4}, 1 if name == "cifar10" else 2)
+    images = load_images(TrainConfig(data=name, data_root=str(tmp_path / "below" if inside else place)))
+    assert np.array_equal(images.train.numpy(), pixels[:-4])
+    assert np.array_equal(images.held_out.numpy(), pixels[-4:])
+    assert images.train_labels.tolist() == labels[:-4].tolist()
+    assert images.held_out_labels.tolist() == labels[-4:].tolist()
+
+    (place / held_out).write_bytes(b"short")
+    with pytest.raises(SettingError, match=rf"data_root: .*{held_out} has 5 bytes, which is no number of records"):
+        load_images(TrainConfig(data=name, data_root=str(place)))
+    (place / held_out).unlink()
+    with pytest.raises(SettingError, match=rf"data_root: no {held_out} in"):
+        load_images(TrainConfig(data=name, data_root=str(place)))
+
+
+def test_absent_cifar_says_where_it_looked_and_how_to_get_it(tmp_path):
+    with pytest.raises(SettingError, match=rf"no data_batch_1.bin in {tmp_path} or .*cifar-10-batches-bin; unpack"):
+        load_images(TrainConfig(data="cifar10", data_root=str(tmp_path)))
+
+
+def test_torchvisions_copy_serves_where_the_binary_files_are_absent(tmp_path, monkeypatch):
+    rng = np.random.default_rng(4)
+
+    class CIFAR10:
+        def __init__(self, root: str, train: bool) -> None:
+            assert root == str(tmp_path)
+            self.data = rng.integers(0, 256, (9 if train else 5, 32, 32, 3), np.uint8)
+            self.targets = list(range(len(self.data)))
+            made.append(self)
+
+    made: list[CIFAR10] = []
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=SimpleNamespace(CIFAR10=CIFAR10)))
+    images = load_images(TrainConfig(data="cifar10", data_root=str(tmp_path)))
+    assert np.array_equal(images.train.permute(0, 2, 3, 1).numpy(), made[0].data)
+    assert images.held_out_labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_part_of_the_training_images_is_a_fixed_draw_with_its_labels():
+    whole, part = load_digits(), load_images(TrainConfig(train_images=50))
+    assert (len(part.train), len(part.held_out)) == (50, len(whole.held_out))
+    assert torch.equal(part.train, load_images(TrainConfig(train_images=50, seed=9)).train)
+    labels = {image.numpy().tobytes(): label for image, label in zip(whole.train, whole.train_labels, strict=True)}
+    assert all(labels[i.numpy().tobytes()] == y for i, y in zip(part.train, part.train_labels, strict=True))
+    assert len(torch.unique(part.train_labels)) > 5
+
+
+@pytest.mark.parametrize("kind", ["crop", "crop-flip"])
+def test_augmentation_shifts_every_image_by_itself_and_repeats_its_border(kind):
+    images = torch.arange(16 * 16, dtype=torch.uint8).view(1, 1, 16, 16).repeat(200, 2, 1, 1)
+    out = augmented(images, kind, torch.Generator().manual_seed(0))
+    assert (out.shape, out.dtype) == (images.shape, images.dtype)
+    possible = {}
+    for down in range(-2, 3):
+        for right in range(-2, 3):
+            rows, columns = ((torch.arange(16) + shift).clamp(0, 15) for shift in (down, right))
+            moved = images[0][:, rows][:, :, columns]
+            for mirrored in (moved, moved.flip(2)) if kind == "crop-flip" else (moved,):
+                possible[mirrored.numpy().tobytes()] = len(possible)
+    seen = {possible[image.contiguous().numpy().tobytes()] for image in out}
+    assert len(seen) > 0.8 * len(possible)
+    assert augmented(images, "none", torch.Generator()) is images

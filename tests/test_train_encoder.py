@@ -40,9 +40,10 @@ def test_padding_is_even_and_repeats_the_border(height, width, pad):
 
 def test_a_local_vector_depends_on_its_own_location_only():
     torch.manual_seed(0)
-    model = DeepInfoMax(Encoder(1, 8, width=4, fc=8), "local", 10).eval()
+    model = DeepInfoMax(Encoder(1, 8, width=4, fc=8), ["local"], 10).eval()
     images = torch.randn(2, 1, 8, 8, requires_grad=True)
-    l, m = model(images)
+    pairs = model(images)
+    l, m = pairs["local_l"], pairs["local_m"]
     assert l.shape == (2, 10, 4, 4)
     (gradient,) = torch.autograd.grad((l[0, :, 0, 3] * torch.randn(10)).sum(), images)
     assert gradient[0, 0, :5, 4:].abs().sum() > 0
@@ -52,9 +53,47 @@ def test_a_local_vector_depends_on_its_own_location_only():
     assert m.shape == (2, 10)
 
 
-def test_global_objective_has_one_location():
-    l, m = DeepInfoMax(Encoder(1, 8, width=4, fc=8), "global", 10)(torch.randn(3, 1, 8, 8))
-    assert (tuple(l.shape), tuple(m.shape)) == ((3, 10, 1), (3, 10))
+def test_every_term_has_its_own_pair_and_multi_global_a_summary_of_every_location():
+    encoder = Encoder(1, 16, width=4, fc=8)
+    pairs = DeepInfoMax(encoder, ["local", "global"], 10, multi_global=True)(torch.randn(3, 1, 16, 16))
+    shapes = {name: tuple(pair.shape) for name, pair in pairs.items()}
+    summaries = (3, 10, 1 + 4 * 4)
+    assert shapes == {
+        "code": (3, 64), "local_l": (3, 10, 8, 8), "local_m": summaries, "global_l": (3, 10, 1), "global_m": summaries
+    }  # fmt: skip
+    assert DeepInfoMax(encoder, ["global"], 10)(torch.randn(3, 1, 16, 16))["global_m"].shape == (3, 10)
+
+
+def test_multi_global_summaries_are_those_of_their_locations():
+    torch.manual_seed(0)
+    model = DeepInfoMax(Encoder(1, 16, width=4, fc=8), ["local"], 10, multi_global=True).eval()
+    images = torch.randn(2, 1, 16, 16, requires_grad=True)
+    m = model(images)["local_m"]
+    (gradient,) = torch.autograd.grad((m[0, :, 1 + 3] * torch.randn(10)).sum(), images)  # the top right of 4x4
+    assert gradient[0, 0, :7, 9:].abs().sum() > 0
+    assert gradient[0, 0, 10:].abs().sum() == gradient[0, 0, :, :6].abs().sum() == gradient[1].abs().sum() == 0
+
+
+def test_without_heads_the_pair_is_the_encoders_own():
+    model = DeepInfoMax(Encoder(1, 16, width=4, fc=8), ["local", "global"], 10, heads=False).eval()
+    images = torch.randn(2, 1, 16, 16)
+    seen, pairs = model.encoder(images), model(images)
+    assert torch.equal(pairs["local_l"], seen.local)
+    assert torch.equal(pairs["global_l"], seen.conv.flatten(1)[:, :, None])
+    assert torch.equal(pairs["global_m"], seen.summary)
+    assert not [name for name, _ in model.named_parameters() if not name.startswith("encoder.")]
+
+
+def test_norm_groups_are_counted_apart():
+    torch.manual_seed(0)
+    model = DeepInfoMax(Encoder(1, 16, width=4, fc=8), ["local"], 10, norm_batch=4)
+    images = torch.randn(12, 1, 16, 16)
+    whole = model(images)
+    for i in range(0, 12, 4):
+        part = model(images[i : i + 4])
+        assert all(torch.equal(part[name], whole[name][i : i + 4]) for name in part)
+    model.norm_batch = 0
+    assert not torch.allclose(model(images)["code"], whole["code"], atol=1e-3)
 
 
 def test_a_head_starts_near_the_identity():

@@ -29,7 +29,7 @@ def weights(run: loop.Run) -> torch.Tensor:
     return torch.cat([t.flatten().double() for t in run.model.state_dict().values()])
 
 
-@pytest.mark.parametrize("objective", ["local", "global"])
+@pytest.mark.parametrize("objective", ["local", "global", "both"])
 def test_training_lowers_the_loss_and_lifts_the_mi_estimate(tmp_path, digits, objective):
     run = loop.train(small(tmp_path, objective=objective, epochs=5), digits)
     loss, mi = (torch.tensor(run.history[key]).view(5, -1).mean(1) for key in ("loss", "mi"))
@@ -52,14 +52,22 @@ def test_scale_is_one_unless_the_loss_is_exponential_in_it():
     assert make_loss(TrainConfig(estimator="kl", scale=0.3)).scale == 0.3
 
 
-@pytest.mark.parametrize("settings", [{}, {"amp": "bfloat16"}, {"estimator": "dv", "objective": "global"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"amp": "bfloat16"},
+        {"estimator": "dv", "objective": "global"},
+        {"objective": "both", "gamma": 0.1, "augment": "crop-flip", "chunk": 32, "norm_batch": 16},
+    ],
+)
 def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
     straight = loop.train(small(tmp_path / "straight", epochs=4, **settings), digits)
     loop.train(small(tmp_path / "first", epochs=2, **settings), digits)
     torch.manual_seed(12345)  # whatever happened in between
     resumed = loop.train(small(tmp_path / "second", epochs=4, **settings), digits, tmp_path / "first")
     assert torch.equal(weights(straight), weights(resumed))
-    for key in ("loss", "mi"):
+    assert straight.history.keys() == resumed.history.keys()
+    for key in straight.history.keys() - {"seconds"}:
         assert straight.history[key] == resumed.history[key]
     assert len(straight.history["loss"]) == 16
     one, other = (checkpoint.load(tmp_path / name)[1]["steps"]["adam"]["state"] for name in ("straight", "second"))
@@ -80,8 +88,10 @@ def test_seed_decides_the_run(tmp_path, digits):
 
 def test_every_setting_is_either_compared_or_free(tmp_path, digits):
     loop.train(small(tmp_path, epochs=2), digits)
-    changed = {"image_size": 40, "color": "gray", "objective": "global", "estimator": "jsd", "scale": 2.0}
-    changed |= {"width": 9, "fc": 33, "units": 17, "epochs": 1, "batch_size": 32}
+    changed = {"image_size": 40, "color": "gray", "train_images": 100, "augment": "crop"}
+    changed |= {"objective": "global", "alpha": 2.0, "beta": 2.0, "gamma": 0.1, "estimator": "jsd", "scale": 2.0}
+    changed |= {"summaries": "map", "pool": 32, "prior": "gaussian", "penalty": 2.0, "prior_updates": "one-step"}
+    changed |= {"width": 9, "fc": 33, "units": 17, "epochs": 1, "batch_size": 32, "chunk": 32, "norm_batch": 32}
     changed |= {"lr": 2e-3, "seed": 1, "amp": "bfloat16"}
     for name, value in changed.items():
         with pytest.raises(SettingError, match=f"^{name}: the checkpoint.*{getattr(small(tmp_path), name)}"):
@@ -187,7 +197,7 @@ def test_a_checkpoint_with_parts_missing_or_unknown_is_named(tmp_path, digits, c
 def test_nan_loss_stops_with_step_checkpoint_and_hint(tmp_path, digits, monkeypatch):
     honest, calls = loop.Steps.step, []
 
-    def step(self: loop.Steps, images: torch.Tensor) -> tuple[float, float]:
+    def step(self: loop.Steps, images: torch.Tensor) -> dict[str, float]:
         calls.append(None)
         return honest(self, images * math.nan if len(calls) == 6 else images)
 

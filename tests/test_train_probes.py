@@ -19,16 +19,18 @@ def test_probes_find_a_linear_code_and_only_chance_in_noise():
     labels, test_labels = np.arange(400) % 4, np.arange(200) % 4
     noise, test_noise = rng.normal(size=(400, 5)).astype("f4"), rng.normal(size=(200, 5)).astype("f4")
     assert max(probes.probe(noise, labels, test_noise, test_labels).values()) < 0.4
-    code, test_code = (np.eye(4)[y] * 1000 + x[:, :4] for y, x in ((labels, noise), (test_labels, test_noise)))
+    code, test_code = (
+        np.eye(4, dtype="f4")[y] * 1000 + x[:, :4] for y, x in ((labels, noise), (test_labels, test_noise))
+    )
     assert min(probes.probe(code, labels, test_code, test_labels).values()) == 1.0
 
 
 def test_few_labels_are_few_of_every_class():
     labels = np.array([0] * 50 + [1] * 30 + [2] * 4)
-    rows = probes.few_of_each(labels, draw=0)
+    rows = probes.few_of_each(labels, 10, draw=0)
     assert np.bincount(labels[rows]).tolist() == [10, 10, 4]
     assert len(set(rows)) == 24
-    assert not np.array_equal(rows, probes.few_of_each(labels, draw=1))
+    assert not np.array_equal(rows, probes.few_of_each(labels, 10, draw=1))
 
 
 def test_calibration_counts_the_training_images_and_leaves_the_encoder_alone():
@@ -45,7 +47,8 @@ def test_calibration_counts_the_training_images_and_leaves_the_encoder_alone():
     )  # evaluation mode
 
 
-def test_a_run_reports_what_it_did(tmp_path, capsys):
+def test_a_run_reports_what_it_did(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probes, "STEPS", 200)
     threads = torch.get_num_threads()
     config = TrainConfig(width=8, fc=16, units=16, epochs=2, out=str(tmp_path), probe_images=300, threads=threads + 1)
     paths = run(config)
@@ -58,6 +61,25 @@ def test_a_run_reports_what_it_did(tmp_path, capsys):
     assert np.mean(content["steps"]["loss"][:20]) == pytest.approx(content["epochs"]["loss"][0])
     assert f"{100 * content['probes']['trained']['Y']['linear']:.1f}" in said
     assert content["probes"]["raw"]["linear"] > 0.9
+
+
+def test_only_the_mlp_reads_what_is_not_linear():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3000, 2)).astype("f4")
+    labels = (x[:, 0] * x[:, 1] > 0).astype(int)
+    seen = probes.probe(x[:2000], labels[:2000], x[2000:], labels[2000:], ("linear", "mlp"))
+    assert seen["linear"] < 0.65
+    assert seen["mlp"] > 0.93
+
+
+def test_probes_of_a_seed_repeat_and_leave_the_generator_alone():
+    rng = np.random.default_rng(0)
+    x, labels = rng.normal(size=(300, 8)).astype("f4"), np.arange(300) % 3
+    before = torch.get_rng_state()
+    first, again, other = (probes.fitted("mlp", x, labels, seed)(x[:200] + 1) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("objective", ["local", "global"])

@@ -1,8 +1,10 @@
 """The thin training harness over the public losses of dimkern; `pip install 'dimkern[train]'`.
 
-config    every setting, once          loop     steps, checkpoints, resume
-data      images, split, fingerprint   probes   linear and k-NN accuracies
-encoder   encoder, heads, DeepInfoMax  report   report.json and plots
+config     every setting, once                  loop    epochs, checkpoints, resume
+data       images, split, fingerprint           steps   one step: whole, or in chunks
+encoder    encoder, heads, DeepInfoMax          probes  linear, MLP and k-NN accuracies
+objective  the losses of dimkern, weighted      report  report.json and plots
+prior      the adversary of prior matching
 
 `run` is the whole of `dimkern train`. This module and `config` import without the packages of the extra.
 """
@@ -13,10 +15,10 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from .config import TrainConfig
+from .config import PRESETS, TrainConfig
 from .errors import SettingError, TrainingStopped
 
-__all__ = ["SettingError", "TrainConfig", "TrainingStopped", "run"]
+__all__ = ["PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "run"]
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "threadpoolctl")
 

@@ -15,7 +15,7 @@ from .config import TrainConfig
 from .errors import SettingError
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("config", "images", "steps", "order", "history")  # what a run needs to go on
 
 

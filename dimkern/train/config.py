@@ -14,6 +14,13 @@ from .errors import SettingError
 
 ESTIMATORS = ("infonce", "jsd", "dv", "gan", "kl", "rkl", "h2", "x2", "w1")
 
+# (alpha, beta, gamma) of DIM(G) and DIM(L) are the paper's; those of both together DeepInfomaxPytorch's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "dim-g": {"objective": "global", "alpha": 1.0, "gamma": 1.0},
+    "dim-l": {"objective": "local", "beta": 1.0, "gamma": 0.1},
+    "dim-lg": {"objective": "both", "alpha": 0.5, "beta": 1.0, "gamma": 0.1},
+}
+
 
 def setting(
     default: Any,
@@ -36,24 +43,40 @@ class TrainConfig:
     """The settings of one run, checked when made."""
 
     data: str = setting(
-        "digits", "data", "digits, fashion-mnist, or folder:PATH for your own images", metavar="NAME", may_change=True
+        "digits",
+        "data",
+        "digits, fashion-mnist, cifar10, cifar100, or folder:PATH for your own images",
+        metavar="NAME",
+        may_change=True,
     )
     data_root: str = setting(
         "",
         "data",
-        "where the Fashion-MNIST IDX files are, if not where Debian puts them",
+        "folder of the Fashion-MNIST IDX files (default: where Debian puts them), or of the CIFAR ones (data)",
         metavar="DIR",
         may_change=True,
     )
     image_size: int = setting(32, "data", "side to which images of a folder are cropped and resized", least=8)
     color: str = setting("rgb", "data", "how images of a folder are read", choices=("rgb", "gray"))
+    train_images: int = setting(
+        0, "data", "train on so many of the training images, a fixed draw; 0 takes all", least=0
+    )
+    augment: str = setting(
+        "none",
+        "data",
+        "crop: shift every image by up to an eighth of its side; crop-flip: and mirror half of them",
+        choices=("none", "crop", "crop-flip"),
+    )
 
     objective: str = setting(
         "local",
         "objective",
-        "local: summary against every location, DIM(L); global: summary against the whole map, DIM(G)",
-        choices=("local", "global"),
+        "local: summary against every location, DIM(L); global: summary against the whole map, DIM(G); or both",
+        choices=("local", "global", "both"),
     )
+    alpha: float = setting(1.0, "objective", "weight of the global term, where the objective has it", least=0)
+    beta: float = setting(1.0, "objective", "weight of the local term, where the objective has it", least=0)
+    gamma: float = setting(0.0, "objective", "weight of prior matching; 0 leaves it out", least=0)
     estimator: str = setting("infonce", "objective", "estimator of mutual information", choices=ESTIMATORS)
 
     scale: float = setting(
@@ -61,6 +84,26 @@ class TrainConfig:
         "objective",
         "factor of every score; 0 takes 1, or 1/sqrt(K) for kl, rkl and h2, whose losses are exponential in it",
         least=0,
+    )
+    summaries: str = setting(
+        "vector",
+        "objective",
+        "map: every location of the last map is a summary vector too, beside Y (multi-global, P > 1)",
+        choices=("vector", "map"),
+    )
+    pool: int = setting(
+        0, "objective", "images that share negatives, a part of the batch; 0 is the whole batch", least=0
+    )
+
+    prior: str = setting(
+        "uniform", "prior", "of sigmoid(Y): uniform on [0, 1]; of Y: gaussian", choices=("uniform", "gaussian")
+    )
+    penalty: float = setting(1.0, "prior", "weight of the discriminator's gradient penalty", least=0)
+    prior_updates: str = setting(
+        "alternating",
+        "prior",
+        "alternating: the encoder meets the discriminator after its step; one-step: both step at once",
+        choices=("alternating", "one-step"),
     )
 
     width: int = setting(
@@ -72,6 +115,20 @@ class TrainConfig:
     epochs: int = setting(20, "training", "passes over the training images", least=1, may_change=True)
     batch_size: int = setting(
         64, "training", "images in a batch; the other images of a batch are the negatives", least=2
+    )
+    chunk: int = setting(
+        0,
+        "training",
+        "images encoded at a time, which bounds the memory of large batches (two passes over the encoder, one over the "
+        "loss of the whole batch); 0 encodes the batch at once",
+        least=0,
+    )
+    norm_batch: int = setting(
+        0,
+        "training",
+        "images whose batch-norm statistics are counted together; the gradients do not depend on --chunk but on this; "
+        "0 takes the chunk, or the whole batch where there is none",
+        least=0,
     )
     lr: float = setting(3e-4, "training", "learning rate of Adam (paper: 1e-4)")
     seed: int = setting(
@@ -121,8 +178,17 @@ class TrainConfig:
                 raise SettingError(field.name, f"got {value}, must be at most {accepts['most']}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise SettingError("lr", f"got {self.lr}, must be a positive number")
-        if not math.isfinite(self.scale):
-            raise SettingError("scale", f"got {self.scale}, must be finite")
+        for name in ("scale", "alpha", "beta", "gamma", "penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise SettingError(name, f"got {getattr(self, name)}, must be finite")
+        group = self.norm_batch or self.chunk
+        for name, part, whole in (
+            ("pool", self.pool, self.batch_size),
+            ("chunk", self.chunk, self.batch_size),
+            ("norm_batch", group, self.chunk or self.batch_size),
+        ):
+            if part and (part == 1 or whole % part):
+                raise SettingError(name, f"got {part}, must be 0 or at least 2, and divide {whole} (images)")
 
 
 def refuse_changes(saved: dict[str, Any], now: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Images to train on: digits that come with scikit-learn, Fashion-MNIST from IDX files, a folder.
+"""Images to train on: digits that come with scikit-learn, Fashion-MNIST from IDX files, CIFAR, a folder.
 
 Images are uint8 (n, C, H, W) from end to end; a batch becomes float on its device (`to_float`).
 The held-out split never depends on the training seed.
@@ -6,6 +6,7 @@ The held-out split never depends on the training seed.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import math
@@ -21,6 +22,11 @@ from .errors import SettingError
 
 FASHION_ROOT = Path("/usr/share/datasets/fashion-mnist")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+# Of each: the folder that its binary archive unpacks to, the files to train on, those held out, the bytes of a label.
+CIFAR = {
+    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
+    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
+}
 HELD_OUT = 0.25
 SPLIT_SEED = 20190222
 
@@ -40,6 +46,30 @@ class Images:
         shape = "x".join(map(str, self.train.shape))
         return f"{self.name} {shape} {hashlib.sha256(self.train.numpy().tobytes()).hexdigest()[:16]}"
 
+    def drawn(self, count: int) -> Images:
+        """With `count` of the training images, a fixed draw."""
+        if count > len(self.train):
+            raise SettingError("train_images", f"got {count}, {self.name} has {len(self.train)}")
+        rows = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(SPLIT_SEED))[:count]
+        labels = None if self.train_labels is None else self.train_labels[rows]
+        return dataclasses.replace(self, train=self.train[rows], train_labels=labels)
+
+
+def augmented(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """(n, C, H, W) images, each shifted by up to an eighth of its side (its border repeats), or also mirrored."""
+    if kind == "none":
+        return images
+    count, _, height, width = images.shape
+    reach = max(1, max(height, width) // 8)
+    down, right = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    rows = (torch.arange(height) + down).clamp(0, height - 1)  # (n, H)
+    columns = (torch.arange(width) + right).clamp(0, width - 1)  # (n, W)
+    if kind == "crop-flip":
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    picked = images[torch.arange(count)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (n, H, W, C)
+    return picked.permute(0, 3, 1, 2).contiguous()
+
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
     """(n, C, H, W) uint8 -> float32 in [-1, 1] on `device`."""
@@ -52,13 +82,21 @@ def load_images(config: TrainConfig) -> Images:
     Raises:
         SettingError: an unknown name, or files that are absent or unreadable (the message names them).
     """
+    images = _named(config)
+    return images.drawn(config.train_images) if config.train_images else images
+
+
+def _named(config: TrainConfig) -> Images:
     if config.data == "digits":
         return load_digits()
     if config.data == "fashion-mnist":
         return load_fashion_mnist(Path(config.data_root) if config.data_root else FASHION_ROOT)
+    if config.data in CIFAR:
+        return load_cifar(config.data, Path(config.data_root or "data").expanduser())
     if config.data.startswith("folder:"):
         return load_folder(Path(config.data.removeprefix("folder:")).expanduser(), config.image_size, config.color)
-    raise SettingError("data", f"got {config.data!r}, accepted are digits, fashion-mnist and folder:PATH")
+    names = ", ".join(("digits", "fashion-mnist", *CIFAR))
+    raise SettingError("data", f"got {config.data!r}, accepted are {names} and folder:PATH")
 
 
 def load_digits() -> Images:
@@ -131,6 +169,48 @@ def load_fashion_mnist(root: Path) -> Images:
                 "data_root", f"images {tuple(images.shape)} and labels {tuple(labels.shape)} in {root} do not match"
             )
     return Images("fashion-mnist", train[:, None], held_out[:, None], train_labels.long(), held_out_labels.long())
+
+
+def load_cifar(name: str, root: Path) -> Images:
+    """CIFAR-10 or CIFAR-100 from the published binary files, in `root` or where their archive unpacks to below it.
+
+    Where they are absent, torchvision reads its own copy below `root`, if both are there.
+    """
+    folder, train, held_out, label_bytes = CIFAR[name]
+    found = [place for place in (root, root / folder) if (place / train[0]).is_file()]
+    if not found:
+        return _torchvision_cifar(name, root)
+    parts = []
+    for files in (train, held_out):
+        read = [read_cifar(found[0] / file, label_bytes) for file in files]
+        parts.append([torch.cat(kind) for kind in zip(*read, strict=True)])
+    return Images(name, parts[0][0], parts[1][0], parts[0][1], parts[1][1])
+
+
+def read_cifar(path: Path, label_bytes: int) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, 32, 32) and labels (n,) of records of `label_bytes` (the last one counts) and 3072 pixels."""
+    record = label_bytes + 3 * 32 * 32
+    if not path.is_file():
+        raise SettingError("data_root", f"no {path.name} in {path.parent}, where the other files of the set are")
+    data = np.fromfile(path, np.uint8)
+    if len(data) == 0 or len(data) % record:
+        raise SettingError("data_root", f"{path} has {len(data)} bytes, which is no number of records of {record}")
+    records = torch.from_numpy(data).view(-1, record)
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32), records[:, label_bytes - 1].long()
+
+
+def _torchvision_cifar(name: str, root: Path) -> Images:
+    folder, (first, *_), *_ = CIFAR[name]
+    where = f"no {first} in {root} or {root / folder}"
+    how = f"unpack the binary version from www.cs.toronto.edu/~kriz/cifar.html there, or give its folder for {name}"
+    try:
+        from torchvision import datasets
+
+        sets = [getattr(datasets, name.upper())(str(root), train=train) for train in (True, False)]
+    except (ImportError, RuntimeError) as error:  # not installed, or no copy of its own
+        raise SettingError("data_root", f"{where}; {how} (torchvision: {str(error).splitlines()[0]})") from error
+    train, held_out = (torch.from_numpy(one.data).permute(0, 3, 1, 2).contiguous() for one in sets)
+    return Images(name, train, held_out, *(torch.tensor(one.targets) for one in sets))
 
 
 def load_folder(root: Path, size: int, color: str) -> Images:

@@ -1,11 +1,12 @@
 """The encoder and the heads of Deep InfoMax (Hjelm et al. 2019), and the two objectives built on them.
 
-Knows nothing of estimators: `DeepInfoMax` gives the pair (l, m) which every loss of dimkern takes.
+Knows nothing of estimators: `DeepInfoMax` gives the pairs (l, m) which every loss of dimkern takes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Encoder(nn.Module):
             wider = width * 2 ** len(stages)
             stages.append(conv_block(channels, wider, kernel=4, stride=2))
             channels, side = wider, side // 2
-        self.local_channels = channels // 2
+        self.local_channels, self.conv_channels, self.summary_features = channels // 2, channels, summary
         self.conv_features = channels * side * side
         self.to_local = nn.Sequential(*stages[:-1])
         self.to_conv = stages[-1]
@@ -87,27 +88,64 @@ class Head(nn.Module):
 
 
 class DeepInfoMax(nn.Module):
-    """Encoder and heads: images to (l, m), the two sides of the mutual information.
+    """Encoder and heads: images to the pairs (l, m), the two sides of the mutual information, of every term.
 
-    objective "local", DIM(L): l holds a vector of each location of the local map, (N, K, M, M).
-    objective "global", DIM(G): l holds one vector of the last map as a whole, (N, K, 1).
+    Term "local", DIM(L): l holds a vector of each location of the local map, (N, K, M, M).
+    Term "global", DIM(G): l holds one vector of the last map as a whole, (N, K, 1).
+    Multi-global: m also holds a vector of each location of the last map, (N, K, P) with P = 1 + M'·M', Y's the first.
+    Without heads l and m are the encoder's own features, for critics that take them as they are.
+
+    In training, batch-norm statistics are counted over `norm_batch` images at a time, 0 for all that come.
     """
 
-    def __init__(self, encoder: Encoder, objective: str, units: int) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        terms: Iterable[str],
+        units: int,
+        *,
+        multi_global: bool = False,
+        heads: bool = True,
+        norm_batch: int = 0,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.objective = objective
-        features = encoder.local_channels if objective == "local" else encoder.conv_features
-        self.feature_head = Head(features, units, normalise=True)
-        self.summary_head = Head(encoder.to_summary.out_features, units, normalise=False)
+        self.encoder, self.norm_batch = encoder, norm_batch
+        self.feature_heads, self.summary_heads, self.map_heads = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for term in terms:
+            features = encoder.local_channels if term == "local" else encoder.conv_features
+            self.feature_heads[term] = Head(features, units, normalise=True) if heads else nn.Identity()
+            self.summary_heads[term] = (
+                Head(encoder.summary_features, units, normalise=False) if heads else nn.Identity()
+            )
+            if multi_global:
+                self.map_heads[term] = Head(encoder.conv_channels, units, normalise=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, C, H, W) floats -> l: (N, K, M, M) or (N, K, 1), m: (N, K)."""
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(N, C, H, W) floats -> "code": Y (N, F), and l and m of every term as "local_l", "local_m" and so on."""
+        if not (self.training and 0 < self.norm_batch < len(images)):
+            return self.pairs(images)
+        groups = [self.pairs(group) for group in torch.split(images, self.norm_batch)]
+        return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+    def pairs(self, images: Tensor) -> dict[str, Tensor]:
         seen = self.encoder(images)
-        m = self.summary_head(seen.summary)
-        if self.objective == "global":
-            return self.feature_head(seen.conv.flatten(1)).unsqueeze(2), m
-        n, c, height, width = seen.local.shape
-        rows = seen.local.permute(0, 2, 3, 1).reshape(-1, c)
-        # A channels-last view: dimkern takes it as it is, and no transposed copy is made on either side.
-        return self.feature_head(rows).view(n, height, width, -1).permute(0, 3, 1, 2), m
+        out = {"code": seen.summary}
+        for term, head in self.feature_heads.items():
+            whole = seen.conv.flatten(1)
+            out[f"{term}_l"] = on_map(head, seen.local) if term == "local" else head(whole).unsqueeze(2)
+            m = self.summary_heads[term](seen.summary)
+            if term in self.map_heads:
+                m = torch.cat([m.unsqueeze(2), on_map(self.map_heads[term], seen.conv).flatten(2)], 2)
+            out[f"{term}_m"] = m
+        return out
+
+
+def on_map(head: nn.Module, features: Tensor) -> Tensor:
+    """A head on every location of a map (N, C, M, M): a channels-last view (N, K, M, M).
+
+    dimkern takes it as it is, and no transposed copy is made on either side.
+    """
+    n, c, height, width = features.shape
+    rows = features.permute(0, 2, 3, 1).reshape(-1, c)
+    out: Tensor = head(rows).view(n, height, width, -1).permute(0, 3, 1, 2)
+    return out

@@ -1,6 +1,7 @@
 """The training loop: batches, steps, checkpoints, and going on from one bit for bit.
 
-All randomness after the initial weights is the batch order, drawn from one generator whose state is in the checkpoint.
+All randomness after the initial weights comes from two generators whose states are in the checkpoint: `order` draws the
+batches and their augmentation, `Steps.noise` the prior.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import dimkern
 
 from . import checkpoint
 from .config import TrainConfig, refuse_changes
-from .data import Images, to_float
+from .data import Images, augmented, to_float
 from .encoder import DeepInfoMax, Encoder
 from .errors import SettingError, TrainingStopped
-from .objective import make_loss
+from .objective import terms
+from .steps import Steps
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Run:
     images: Images
     untrained: Encoder
     model: DeepInfoMax
-    history: dict[str, list[float]]  # "loss", "mi": one number a step; "seconds": one an epoch
+    history: dict[str, list[float]]  # "seconds": one number an epoch; "loss", "mi" and the others: one a step
     device: torch.device
     threads: int  # of PyTorch, while it trained
     checkpoint: Path
@@ -66,8 +67,7 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
 
 def _train(config: TrainConfig, images: Images, device: torch.device, resume: Path | None, overwrite: bool) -> Run:
     torch.manual_seed(config.seed)
-    encoder = Encoder(images.train.shape[1], max(images.train.shape[2:]), config.width, config.fc)
-    model = DeepInfoMax(encoder, config.objective, config.units).to(device)
+    model = make_model(config, images).to(device)
     untrained = copy.deepcopy(model.encoder)
     steps = Steps(model, config, device)
     order = torch.Generator().manual_seed(config.seed)
@@ -97,16 +97,24 @@ def _train(config: TrainConfig, images: Images, device: torch.device, resume: Pa
         batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)
         full = [batch for batch in batches if len(batch) == config.batch_size]  # the MI estimate depends on its size
         for batch in progress(full, epoch, config.epochs, history):
-            loss, mi = steps.step(to_float(images.train[batch], device))
-            if not math.isfinite(loss):
-                raise TrainingStopped(stopped(f"the loss is {loss}", epoch, len(history["loss"]), last_good, config))
-            history["loss"].append(loss)
-            history["mi"].append(mi)
+            said = steps.step(to_float(augmented(images.train[batch], config.augment, order), device))
+            if not math.isfinite(said["loss"]):
+                what = f"the loss is {said['loss']}"
+                raise TrainingStopped(stopped(what, epoch, len(history["loss"]), last_good, config))
+            for name, value in said.items():
+                history.setdefault(name, []).append(value)
         if not steps.finite():
             raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
         history["seconds"].append(time.perf_counter() - started)
         last_good = save()
     return Run(config, images, untrained, model, history, device, torch.get_num_threads(), last_good or path)
+
+
+def make_model(config: TrainConfig, images: Images) -> DeepInfoMax:
+    """The model of a run, its weights drawn from torch's own generator."""
+    encoder = Encoder(images.train.shape[1], max(images.train.shape[2:]), config.width, config.fc)
+    multi, group = config.summaries == "map", config.norm_batch or config.chunk
+    return DeepInfoMax(encoder, terms(config), config.units, multi_global=multi, norm_batch=group)
 
 
 @contextmanager
@@ -120,39 +128,6 @@ def cpu_threads(config: TrainConfig, images: Images) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class Steps:
-    """One optimisation step after another: model, loss, Adam, and mixed precision where it is on."""
-
-    def __init__(self, model: DeepInfoMax, config: TrainConfig, device: torch.device) -> None:
-        self.model = model
-        self.loss: nn.Module = make_loss(config)
-        self.adam = torch.optim.Adam(model.parameters(), config.lr)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        low = torch.float16 if config.amp == "float16" else torch.bfloat16
-        self.autocast = torch.autocast(device.type, low, enabled=config.amp != "off")
-
-    def step(self, images: Tensor) -> tuple[float, float]:
-        """Train on (N, C, H, W) floats; the loss and MI estimate before the step."""
-        self.model.train()
-        self.adam.zero_grad(set_to_none=True)
-        with self.autocast:
-            parts = self.loss(*self.model(images))
-        self.scaler.scale(parts.loss).backward()
-        self.scaler.step(self.adam)
-        self.scaler.update()
-        return parts.loss.item(), parts.mi.item()
-
-    def finite(self) -> bool:
-        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in ("model", "adam", "scaler")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
 
 
 def pick_device(config: TrainConfig) -> torch.device:

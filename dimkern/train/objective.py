@@ -1,8 +1,14 @@
-"""From the settings to the loss module of dimkern that computes them."""
+"""The objective: alpha·global + beta·local, each a loss of dimkern between the pairs that the model gives.
+
+The third term, gamma·prior, has an optimiser of its own beside it: prior.py, joined in steps.py.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import dimkern
 
@@ -12,11 +18,38 @@ from .config import TrainConfig
 EXPONENTIAL = ("kl", "rkl", "h2")
 
 
+def terms(config: TrainConfig) -> dict[str, float]:
+    """The terms of the objective and their weights; of "both", the local one comes first."""
+    weights = {"local": config.beta, "global": config.alpha}
+    return weights if config.objective == "both" else {config.objective: weights[config.objective]}
+
+
+class Objective(nn.Module):
+    """The weighted sum of the losses of all terms."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.weights, self.pool = terms(config), config.pool
+        self.losses = nn.ModuleDict({name: make_loss(config) for name in self.weights})
+
+    def forward(self, pairs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss, and the MI estimate of the local term (of the global one where that is all there is), in nats."""
+        total, estimates = [], []
+        for name, loss in self.losses.items():
+            l, m = pairs[f"{name}_l"], pairs[f"{name}_m"]
+            pool = self.pool or len(l)
+            parts = [loss(*pair) for pair in zip(torch.split(l, pool), torch.split(m, pool), strict=True)]
+            total.append(self.weights[name] * torch.stack([part.loss for part in parts]).mean())
+            estimates.append(torch.stack([part.mi for part in parts]).mean())
+        return torch.stack(total).sum(), estimates[0]
+
+
 def make_loss(config: TrainConfig) -> nn.Module:
     """A module (l, m) -> (loss, e_pos, e_neg, mi) for `config.estimator`."""
     scale = config.scale or (config.units**-0.5 if config.estimator in EXPONENTIAL else 1.0)
+    keywords: dict[str, Any] = {"scale": scale, "return_parts": True}
     if config.estimator == "infonce":
-        return dimkern.InfoNCELoss(scale=scale, return_parts=True)
+        return dimkern.InfoNCELoss(**keywords)
     if config.estimator == "dv":
-        return dimkern.DonskerVaradhanLoss(scale=scale, return_parts=True)
-    return dimkern.FenchelDualLoss(config.estimator.upper(), scale=scale, return_parts=True)
+        return dimkern.DonskerVaradhanLoss(**keywords)
+    return dimkern.FenchelDualLoss(config.estimator.upper(), **keywords)

@@ -21,13 +21,21 @@ from matplotlib.ticker import MaxNLocator
 
 from .data import to_float
 from .loop import Run, versions
-from .probes import FEW, PROBES, calibrated
+from .probes import PROBES, calibrated
 
 TITLES = {
-    "linear": "linear probe, all labels",
+    "linear": "linear, all labels",
+    "mlp": "MLP, all labels",
     "knn": "5-NN, all labels",
-    "linear_few": f"linear probe, {FEW} labels per class",
-    "knn_few": f"5-NN, {FEW} labels per class",
+    "linear_100": "linear, 100 labels a class",
+    "linear_10": "linear, 10 labels a class",
+    "knn_10": "5-NN, 10 labels a class",
+}
+CURVES = {
+    "loss": "loss",
+    "mi": "MI estimate",
+    "prior": "prior, encoder's loss",
+    "discriminator": "prior, discriminator's",
 }
 UNTRAINED, TRAINED, RAW = "#b9c4cf", "#1f6f8b", "#c0562f"
 WAYS = ("untrained", "trained")
@@ -47,8 +55,8 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
         "train_images": len(run.images.train),
         "held_out_images": len(run.images.held_out),
         "timing": {"train_seconds": sum(run.history["seconds"]), "probe_seconds": probe_seconds},
-        "epochs": {key: plain(epoch_means(run, key)) for key in ("loss", "mi", "seconds")},
-        "steps": {key: plain(run.history[key]) for key in ("loss", "mi")},
+        "epochs": {key: plain(epoch_means(run, key)) for key in run.history},
+        "steps": {key: plain(run.history[key]) for key in run.history if key != "seconds"},
         "probes": table,
     }
     written = [out / "report.json"]
@@ -59,7 +67,7 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
     figures = {"curves.png": draw_curves(run)}
     if table is not None:
         figures["probes.png"] = draw_probes(table, run)
-    if run.config.objective == "local":
+    if run.config.objective != "global":
         figures["score_map.png"] = draw_score_map(run)
     for name in PLOTS:
         (out / name).unlink(missing_ok=True)  # another run's, which this one may not draw
@@ -80,16 +88,18 @@ def plain(values: list[float]) -> list[float | None]:
 
 
 def title_of(run: Run) -> str:
-    dim = "DIM(L)" if run.config.objective == "local" else "DIM(G)"
-    return f"{dim}, {run.config.estimator}, on {run.images.name}"
+    dim = {"local": "DIM(L)", "global": "DIM(G)", "both": "DIM(L+G)"}[run.config.objective]
+    prior = f" and a {run.config.prior} prior" if run.config.gamma else ""
+    return f"{dim}, {run.config.estimator}{prior}, on {run.images.name}"
 
 
 def draw_curves(run: Run) -> Figure:
-    """Loss and MI of every step, and their means over epochs."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """Loss and MI (and the losses of prior matching) of every step, and their means over epochs."""
+    shown = {key: title for key, title in CURVES.items() if key in run.history}
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
     figure.suptitle(title_of(run))
     epochs = len(run.history["seconds"])
-    for axes, (key, title) in zip(figure.subplots(1, 2), {"loss": "loss", "mi": "MI estimate"}.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         values = np.array(run.history[key])
         steps = np.arange(1, len(values) + 1) * epochs / len(values)
         if not np.isfinite(values).any():
@@ -101,7 +111,7 @@ def draw_curves(run: Run) -> Figure:
         # The first steps can be far from all others: they may leave the picture, not flatten the rest.
         low, high = np.nanpercentile(values, [0.5, 99.5]) if np.isfinite(values).any() else (0, 1)
         axes.set_ylim(low - 0.08 * (high - low) - 1e-6, high + 0.08 * (high - low) + 1e-6)
-        axes.set(title=title, xlabel="epoch", ylabel="nats" if key == "mi" else "", xlim=(0, epochs))
+        axes.set(title=title, xlabel="epoch", ylabel="nats", xlim=(0, epochs))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         tidy(axes)
     axes.legend(frameon=False, loc="lower right")
@@ -110,11 +120,11 @@ def draw_curves(run: Run) -> Figure:
 
 def draw_probes(table: dict[str, Any], run: Run) -> Figure:
     """A panel per probe; a group of bars per feature; raw pixels as a line across."""
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
     figure.suptitle(f"Held-out accuracy, {title_of(run)}")
     every = [*table["raw"].values(), *(v for w in WAYS for values in table[w].values() for v in values.values())]
     floor = max(0.0, 10 * np.floor(10 * min(every) - 0.5))  # one for all panels, so that bars compare across them
-    for axes, probe in zip(figure.subplots(2, 2, sharey=True).flat, PROBES, strict=True):
+    for axes, probe in zip(figure.subplots(2, 3, sharey=True).flat, PROBES, strict=True):
         names = list(table["trained"])
         raw = 100 * table["raw"][probe]
         axes.axhline(raw, color=RAW, linewidth=1.5, linestyle="--", label="raw pixels", zorder=3)
@@ -140,7 +150,9 @@ def draw_score_map(run: Run) -> Figure:
     count = min(SHOWN, len(run.images.held_out))
     images = run.images.held_out[:count]
     with torch.no_grad():
-        l, m = calibrated(run.model, run.images.train)(to_float(images, run.device))  # (n, K, M, M), (n, K)
+        pairs = calibrated(run.model, run.images.train)(to_float(images, run.device))
+    l, m = pairs["local_l"], pairs["local_m"]  # (n, K, M, M), (n, K) or (n, K, P)
+    m = m[:, :, 0] if m.ndim == 3 else m
     scores = torch.einsum("nk,jkhw->njhw", m, l).float().cpu().numpy()  # summaries x images x map
 
     figure = Figure(figsize=(8.4, 0.9 + 1.62 * count), layout="constrained")
@@ -173,9 +185,10 @@ def table_text(table: dict[str, Any]) -> str:
     """The probe table for a terminal: features down, probes across, accuracies in per cent."""
     rows = [("raw pixels", table["raw"])]
     rows += [(f"{way} {name}", table[way][name]) for name in table["trained"] for way in WAYS]
-    heads = {"linear": "linear", "knn": "5-NN", "linear_few": f"linear, {FEW}/class", "knn_few": f"5-NN, {FEW}/class"}
-    lines = [f"{'held-out accuracy, %':22s}" + "".join(f"{heads[probe]:>17s}" for probe in PROBES)]
-    lines += [f"{name:22s}" + "".join(f"{100 * values[probe]:17.1f}" for probe in PROBES) for name, values in rows]
+    heads = {name: name.replace("knn", "5-NN").replace("mlp", "MLP").replace("_", ", ") for name in PROBES}
+    heads = {name: head + ("/class" if "," in head else "") for name, head in heads.items()}
+    lines = [f"{'held-out accuracy, %':22s}" + "".join(f"{heads[probe]:>18s}" for probe in PROBES)]
+    lines += [f"{name:22s}" + "".join(f"{100 * values[probe]:18.1f}" for probe in PROBES) for name, values in rows]
     return "\n".join(lines)
 
 
@@ -183,5 +196,5 @@ def outcome(table: dict[str, Any]) -> str:
     """One sentence: what training did to the summary Y."""
     before, after = table["untrained"]["Y"], table["trained"]["Y"]
     changes = [f"{name} {100 * before[probe]:.1f} -> {100 * after[probe]:.1f} %"
-               for probe, name in (("linear", "all labels"), ("linear_few", f"{FEW} labels a class"))]  # fmt: skip
+               for probe, name in (("linear", "all labels"), ("linear_10", "10 labels a class"))]  # fmt: skip
     return f"linear probe on the summary Y, untrained -> trained: {', '.join(changes)}"

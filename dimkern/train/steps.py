@@ -1,0 +1,105 @@
+"""One optimisation step: encode, score, go back.
+
+In one piece, or chunk by chunk with the gradients of the embeddings cached (Gao et al. 2021).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .encoder import DeepInfoMax
+from .objective import Objective
+from .prior import PriorMatching
+
+
+class Steps:
+    """One step after another: model, objective, prior, their optimisers, and mixed precision where it is on."""
+
+    def __init__(self, model: DeepInfoMax, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.model = config, model
+        self.objective = Objective(config).to(device)
+        self.adam = torch.optim.Adam([*model.parameters(), *self.objective.parameters()], config.lr)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        low = torch.float16 if config.amp == "float16" else torch.bfloat16
+        self.autocast = torch.autocast(device.type, low, enabled=config.amp != "off")
+        self.prior: PriorMatching | None = None
+        if config.gamma > 0:
+            self.prior = PriorMatching(model.encoder.summary_features, config.prior, config.penalty).to(device)
+            self.prior_adam = torch.optim.Adam(self.prior.parameters(), config.lr)
+            self.noise = torch.Generator().manual_seed(config.seed)
+
+    def step(self, images: Tensor) -> dict[str, float]:
+        """Train on (N, C, H, W) floats; the loss, MI estimate and the prior's losses before the step, in nats."""
+        self.model.train()
+        self.adam.zero_grad(set_to_none=True)
+        chunked = 0 < self.config.chunk < len(images)
+        with self.autocast:
+            pairs = self.embed(images) if chunked else self.model(images)
+            loss, mi = self.objective(pairs)
+        said = {"mi": mi}
+        if self.prior is not None:
+            said["discriminator"], said["prior"] = self.match(self.prior, pairs["code"])
+            loss = loss + self.config.gamma * said["prior"]
+        self.scaler.scale(loss).backward()
+        if chunked:
+            self.push(images, pairs)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        return {"loss": loss.item(), **{name: value.item() for name, value in said.items()}}
+
+    def match(self, prior: PriorMatching, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Train the discriminator on the codes `y` (N, F); its loss and the encoder's.
+
+        "alternating": the encoder meets the discriminator after its step; "one-step": the one before.
+        """
+        before = prior.encoder_loss(y) if self.config.prior_updates == "one-step" else None
+        self.prior_adam.zero_grad(set_to_none=True)
+        loss = prior.discriminator_loss(y, prior.draw(y, self.noise))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.prior_adam.step()
+        return loss.detach(), prior.encoder_loss(y) if before is None else before
+
+    def embed(self, images: Tensor) -> dict[str, Tensor]:
+        """First pass of a chunked step: what the model gives, as leaves that collect the loss's gradients."""
+        with torch.no_grad():
+            seen = [self.model(chunk) for chunk in torch.split(images, self.config.chunk)]
+        return {name: torch.cat([one[name] for one in seen]).requires_grad_() for name in seen[0]}
+
+    def push(self, images: Tensor, leaves: dict[str, Tensor]) -> None:
+        """Second pass (Gao et al. 2021): every chunk once more, its share of the leaves' gradients into the weights.
+
+        Exact, as chunks hold whole batch-norm groups (`--norm-batch`) and nothing in the model draws at random.
+        """
+        kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        size = self.config.chunk
+        for i, chunk in enumerate(torch.split(images, size)):
+            with self.autocast:
+                seen = self.model(chunk)
+            used = [name for name, leaf in leaves.items() if leaf.grad is not None]
+            grads = [leaves[name].grad[i * size : i * size + size] for name in used]  # type: ignore[index]
+            torch.autograd.backward([seen[name] for name in used], grads)
+        for name, buffer in self.model.named_buffers():  # the statistics have seen these images already
+            buffer.copy_(kept[name])
+
+    def parts(self) -> dict[str, Any]:
+        """Everything with a state, by name."""
+        named = {"model": self.model, "objective": self.objective, "adam": self.adam, "scaler": self.scaler}
+        return named | ({} if self.prior is None else {"prior": self.prior, "prior_adam": self.prior_adam})
+
+    def finite(self) -> bool:
+        modules = [part for part in self.parts().values() if isinstance(part, nn.Module)]
+        return all(bool(torch.isfinite(weight).all()) for module in modules for weight in module.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        return state | ({} if self.prior is None else {"noise": self.noise.get_state()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
+        if self.prior is not None:
+            self.noise.set_state(state["noise"])
