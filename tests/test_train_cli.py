@@ -34,6 +34,8 @@ from dimkern.train import TrainConfig, TrainingStopped, probes
         ("--gamma inf", "--gamma: got inf, must be finite"),
         ("--chunk 48", "--chunk: got 48, must be 0 or at least 2, and divide 64"),
         ("--chunk 32 --norm-batch 64", "--norm-batch: got 64, must be 0 or at least 2, and divide 32"),
+        ("--critic concat --summaries map", "--summaries: got map, which needs heads; --critic concat has none"),
+        ("--negatives some", "--negatives: got 'some', accepted are all, permute, roll"),
         ("--pool 1", "--pool: got 1, must be 0 or at least 2"),
         ("--train-images 9999", "--train-images: got 9999, digits has 1343"),
         ("--data cifar10 --data-root /absent", "--data-root: no data_batch_1.bin in /absent or /absent/cifar-10-bat"),

@@ -46,10 +46,14 @@ def test_every_estimator_lowers_its_loss(tmp_path, digits, estimator):
 
 
 def test_scale_is_one_unless_the_loss_is_exponential_in_it():
-    scales = {name: make_loss(TrainConfig(estimator=name, units=64)).scale for name in ESTIMATORS}
+    def scale(name: str, **settings: Any) -> float:
+        return make_loss(TrainConfig(estimator=name, units=64, **settings), None, torch.Generator()).scale
+
+    scales = {name: scale(name) for name in ESTIMATORS}
     assert {name for name, scale in scales.items() if scale == 1 / 8} == {"kl", "rkl", "h2"}
     assert set(scales.values()) == {1, 1 / 8}
-    assert make_loss(TrainConfig(estimator="kl", scale=0.3)).scale == 0.3
+    assert scale("kl", scale=0.3) == 0.3
+    assert scale("kl", critic="concat") == 1  # its scores start small
 
 
 @pytest.mark.parametrize(
@@ -58,6 +62,7 @@ def test_scale_is_one_unless_the_loss_is_exponential_in_it():
         {"amp": "bfloat16"},
         {"estimator": "dv", "objective": "global"},
         {"objective": "both", "gamma": 0.1, "augment": "crop-flip", "chunk": 32, "norm_batch": 16},
+        {"critic": "concat", "negatives": "permute", "estimator": "jsd"},
     ],
 )
 def test_resumed_run_equals_one_never_interrupted(tmp_path, digits, settings):
@@ -90,6 +95,7 @@ def test_every_setting_is_either_compared_or_free(tmp_path, digits):
     loop.train(small(tmp_path, epochs=2), digits)
     changed = {"image_size": 40, "color": "gray", "train_images": 100, "augment": "crop"}
     changed |= {"objective": "global", "alpha": 2.0, "beta": 2.0, "gamma": 0.1, "estimator": "jsd", "scale": 2.0}
+    changed |= {"critic": "concat", "negatives": "roll"}
     changed |= {"summaries": "map", "pool": 32, "prior": "gaussian", "penalty": 2.0, "prior_updates": "one-step"}
     changed |= {"width": 9, "fc": 33, "units": 17, "epochs": 1, "batch_size": 32, "chunk": 32, "norm_batch": 32}
     changed |= {"lr": 2e-3, "seed": 1, "amp": "bfloat16"}

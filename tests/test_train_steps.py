@@ -25,7 +25,16 @@ def digits() -> Images:
 def steps_of(images: Images, **settings: Any) -> Steps:
     torch.manual_seed(0)
     config = TrainConfig(**(SMALL | settings))
-    return Steps(loop.make_model(config, images).double(), config, torch.device("cpu"))
+    steps = Steps(loop.make_model(config, images).double(), config, torch.device("cpu"))
+    steps.objective.double()
+    return steps
+
+
+def objective_of(config: TrainConfig, images: Images) -> tuple[Objective, dict[str, torch.Tensor]]:
+    """The objective, and what its model says about 48 images."""
+    torch.manual_seed(0)
+    model, generator = loop.make_model(config, images), torch.Generator().manual_seed(0)
+    return Objective(config, model.encoder, generator), model(to_float(images.train[:48], torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -34,6 +43,7 @@ def steps_of(images: Images, **settings: Any) -> Steps:
         {"estimator": "infonce"},
         {"estimator": "dv", "objective": "global"},
         {"estimator": "jsd", "objective": "both", "summaries": "map", "gamma": 0.3, "pool": 24},
+        {"estimator": "jsd", "critic": "concat", "negatives": "permute"},
     ],
 )
 @pytest.mark.parametrize("chunk", [12, 24])
@@ -69,9 +79,8 @@ def test_a_chunked_step_never_runs_the_encoder_on_more_than_a_chunk(digits):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_objective_is_the_weighted_sum_of_its_terms(digits, preset):
     config = TrainConfig(**(SMALL | PRESETS[preset]))
-    torch.manual_seed(0)
-    pairs = loop.make_model(config, digits)(to_float(digits.train[:48], torch.device("cpu")))
-    loss, mi = Objective(config)(pairs)
+    objective, pairs = objective_of(config, digits)
+    loss, mi = objective(pairs)
     weights = {"dim-g": (1.0, 0.0), "dim-l": (0.0, 1.0), "dim-lg": (0.5, 1.0)}[preset]
     expected = 0.0
     for name, weight in zip(("global", "local"), weights, strict=True):
@@ -84,9 +93,26 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(digits, preset):
 
 def test_a_pool_shares_negatives_with_nobody(digits):
     config = TrainConfig(**(SMALL | {"pool": 16}))
-    torch.manual_seed(0)
-    pairs = loop.make_model(config, digits)(to_float(digits.train[:48], torch.device("cpu")))
-    loss, _ = Objective(config)(pairs)
+    objective, pairs = objective_of(config, digits)
+    loss, _ = objective(pairs)
     l, m = pairs["local_l"], pairs["local_m"]
     alone = [dimkern.infonce_loss(l[i : i + 16], m[i : i + 16]) for i in (0, 16, 32)]
     assert torch.allclose(loss, torch.stack(alone).mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", ["all", "permute", "roll"])
+def test_the_concat_critic_scores_the_encoders_own_features_and_is_trained(digits, negatives):
+    config = TrainConfig(**(SMALL | {"critic": "concat", "negatives": negatives, "estimator": "jsd"}))
+    objective, pairs = objective_of(config, digits)
+    critic = objective.losses["local"].critic
+    generator = torch.Generator().manual_seed(0) if negatives == "permute" else None
+    expected = dimkern.fenchel_dual_loss(
+        pairs["local_l"], pairs["code"], "JSD", critic=critic, negatives=negatives, generator=generator
+    )
+    assert torch.equal(objective(pairs)[0], expected)
+    steps = steps_of(digits, critic="concat", negatives=negatives, estimator="jsd", lr=3e-3)
+    before = [p.clone() for p in steps.objective.parameters()]
+    images = to_float(digits.train[:48], torch.device("cpu")).double()
+    losses = [steps.step(images)["loss"] for _ in range(25)]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1
+    assert all(not torch.equal(p, q) for p, q in zip(before, steps.objective.parameters(), strict=True))

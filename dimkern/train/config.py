@@ -85,6 +85,18 @@ class TrainConfig:
         "factor of every score; 0 takes 1, or 1/sqrt(K) for kl, rkl and h2, whose losses are exponential in it",
         least=0,
     )
+    critic: str = setting(
+        "dot",
+        "objective",
+        "dot: product of the heads' outputs; concat: a network on the features side by side, without heads",
+        choices=("dot", "concat"),
+    )
+    negatives: str = setting(
+        "all",
+        "objective",
+        "all: every other image of the batch; permute or roll: one other image for each, a random or the next one",
+        choices=("all", "permute", "roll"),
+    )
     summaries: str = setting(
         "vector",
         "objective",
@@ -110,7 +122,12 @@ class TrainConfig:
         32, "model", "channels of the first convolution, doubled by each further one (paper: 64)", least=1
     )
     fc: int = setting(256, "model", "units of the fully connected layer (paper: 1024)", least=1)
-    units: int = setting(256, "model", "K, channels of the space in which pairs are scored (paper: 2048)", least=1)
+    units: int = setting(
+        256,
+        "model",
+        "K, channels of the space in which pairs are scored, or hidden units of --critic concat (paper: 2048, 512)",
+        least=1,
+    )
 
     epochs: int = setting(20, "training", "passes over the training images", least=1, may_change=True)
     batch_size: int = setting(
@@ -181,6 +198,8 @@ class TrainConfig:
         for name in ("scale", "alpha", "beta", "gamma", "penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise SettingError(name, f"got {getattr(self, name)}, must be finite")
+        if self.critic == "concat" and self.summaries == "map":
+            raise SettingError("summaries", "got map, which needs heads; --critic concat has none and accepts vector")
         group = self.norm_batch or self.chunk
         for name, part, whole in (
             ("pool", self.pool, self.batch_size),

@@ -113,8 +113,14 @@ def _train(config: TrainConfig, images: Images, device: torch.device, resume: Pa
 def make_model(config: TrainConfig, images: Images) -> DeepInfoMax:
     """The model of a run, its weights drawn from torch's own generator."""
     encoder = Encoder(images.train.shape[1], max(images.train.shape[2:]), config.width, config.fc)
-    multi, group = config.summaries == "map", config.norm_batch or config.chunk
-    return DeepInfoMax(encoder, terms(config), config.units, multi_global=multi, norm_batch=group)
+    return DeepInfoMax(
+        encoder,
+        terms(config),
+        config.units,
+        multi_global=config.summaries == "map",
+        heads=config.critic == "dot",
+        norm_batch=config.norm_batch or config.chunk,
+    )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dimkern
 
 from .config import TrainConfig
+from .encoder import Encoder
 
 # With scores of a fresh network (tens), e^s and e^-s are so large that nothing is learnt at a scale of 1.
 EXPONENTIAL = ("kl", "rkl", "h2")
@@ -27,10 +28,13 @@ def terms(config: TrainConfig) -> dict[str, float]:
 class Objective(nn.Module):
     """The weighted sum of the losses of all terms."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, encoder: Encoder, generator: torch.Generator) -> None:
+        """`generator` is what negatives="permute" draws from."""
         super().__init__()
         self.weights, self.pool = terms(config), config.pool
-        self.losses = nn.ModuleDict({name: make_loss(config) for name in self.weights})
+        self.losses = nn.ModuleDict()
+        for name in self.weights:
+            self.losses[name] = make_loss(config, make_critic(config, name, encoder), generator)
 
     def forward(self, pairs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, and the MI estimate of the local term (of the global one where that is all there is), in nats."""
@@ -44,10 +48,24 @@ class Objective(nn.Module):
         return torch.stack(total).sum(), estimates[0]
 
 
-def make_loss(config: TrainConfig) -> nn.Module:
+def make_critic(config: TrainConfig, name: str, encoder: Encoder) -> dimkern.PairMLPCritic | None:
+    """The concat critic of a term, on the encoder's own features; None is the dot product of the heads' outputs."""
+    if config.critic == "dot":
+        return None
+    features = encoder.local_channels if name == "local" else encoder.conv_features
+    return dimkern.PairMLPCritic(features, encoder.summary_features, hidden=config.units)
+
+
+def make_loss(config: TrainConfig, critic: dimkern.PairMLPCritic | None, generator: torch.Generator) -> nn.Module:
     """A module (l, m) -> (loss, e_pos, e_neg, mi) for `config.estimator`."""
-    scale = config.scale or (config.units**-0.5 if config.estimator in EXPONENTIAL else 1.0)
-    keywords: dict[str, Any] = {"scale": scale, "return_parts": True}
+    exponential = config.estimator in EXPONENTIAL and config.critic == "dot"
+    keywords: dict[str, Any] = {
+        "scale": config.scale or (config.units**-0.5 if exponential else 1.0),
+        "return_parts": True,
+        "critic": critic,
+        "negatives": config.negatives,
+        "generator": generator if config.negatives == "permute" else None,
+    }
     if config.estimator == "infonce":
         return dimkern.InfoNCELoss(**keywords)
     if config.estimator == "dv":

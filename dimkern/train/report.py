@@ -67,7 +67,7 @@ def write_report(run: Run, table: dict[str, Any] | None, probe_seconds: float) -
     figures = {"curves.png": draw_curves(run)}
     if table is not None:
         figures["probes.png"] = draw_probes(table, run)
-    if run.config.objective != "global":
+    if run.config.objective != "global" and run.config.critic == "dot":
         figures["score_map.png"] = draw_score_map(run)
     for name in PLOTS:
         (out / name).unlink(missing_ok=True)  # another run's, which this one may not draw

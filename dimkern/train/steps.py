@@ -21,7 +21,8 @@ class Steps:
 
     def __init__(self, model: DeepInfoMax, config: TrainConfig, device: torch.device) -> None:
         self.config, self.model = config, model
-        self.objective = Objective(config).to(device)
+        self.noise = torch.Generator().manual_seed(config.seed)  # of the prior, and of permuted negatives
+        self.objective = Objective(config, model.encoder, self.noise).to(device)
         self.adam = torch.optim.Adam([*model.parameters(), *self.objective.parameters()], config.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         low = torch.float16 if config.amp == "float16" else torch.bfloat16
@@ -30,7 +31,6 @@ class Steps:
         if config.gamma > 0:
             self.prior = PriorMatching(model.encoder.summary_features, config.prior, config.penalty).to(device)
             self.prior_adam = torch.optim.Adam(self.prior.parameters(), config.lr)
-            self.noise = torch.Generator().manual_seed(config.seed)
 
     def step(self, images: Tensor) -> dict[str, float]:
         """Train on (N, C, H, W) floats; the loss, MI estimate and the prior's losses before the step, in nats."""
@@ -95,11 +95,9 @@ class Steps:
         return all(bool(torch.isfinite(weight).all()) for module in modules for weight in module.parameters())
 
     def state_dict(self) -> dict[str, Any]:
-        state = {name: part.state_dict() for name, part in self.parts().items()}
-        return state | ({} if self.prior is None else {"noise": self.noise.get_state()})
+        return {name: part.state_dict() for name, part in self.parts().items()} | {"noise": self.noise.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        if self.prior is not None:
-            self.noise.set_state(state["noise"])
+        self.noise.set_state(state["noise"])
