@@ -11,8 +11,20 @@ from . import pair_ops
 from .config import memory_budget
 from .critics import PairMLPCritic, check_critic
 from .estimators import REGISTRY
+from .gpu_plan import GpuChoice
 from .native import instruction_sets
-from .plan import BACKENDS, Plan, choose_backend, describe, format_bytes, plan_for, too_small_for_cpu, why_not
+from .plan import (
+    BACKENDS,
+    Plan,
+    Problem,
+    choose_backend,
+    describe,
+    format_bytes,
+    plan_for,
+    score_dtype_of,
+    too_small_for_cpu,
+    why_not,
+)
 from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
 
 
@@ -44,7 +56,8 @@ def explain(
     check_choice("loss", estimator, tuple(REGISTRY))
     check_reduction(estimator, reduction)
     kind = "dot" if critic is None else "pair_mlp"
-    chosen = choose_backend(backend, c.device, kind)
+    dtype = score_dtype_of(c.dtype, g.dtype)
+    chosen = choose_backend(backend, c.device, kind, dtype)
     clip, factor, known = check_clip(clip), check_scale(scale, c, g), torch.is_grad_enabled() and reduction == "none"
     if critic is None:
         grad = torch.is_grad_enabled()
@@ -67,7 +80,7 @@ def explain(
         + ("built, more than once" if chosen == "reference" else "never built"),
         f"backend: {plan.backend if plan else chosen}",
     ]
-    reasons = {name: why_not(name, c.device, kind) for name in BACKENDS}
+    reasons = {name: why_not(name, c.device, kind, dtype) for name in BACKENDS}
     if plan is not None and plan.backend != chosen:
         reasons[chosen] = too_small_for_cpu(p, budget)
     lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
@@ -84,11 +97,16 @@ def _plan_lines(plan: Plan) -> list[str]:
         "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",
     }[plan.order]
     copied = "panel by panel, in the cache" if plan.backend == "cpu" and p.strided else "block by block"
-    staged = f"copied {copied}" if p.staged else "read in place"
+    in_place = p.in_place if plan.gpu else not p.staged
+    staged = "read in place" if in_place else f"copied {copied}"
     # known weights mean reduction="none": its forward is a product of its own, and its backward sweeps the pairs again
     gemms = plan.gemms + (p.weights_known and p.needs_grad)
-    traffic = (row_blocks * (2 + 2 * p.grad_locals) * p.N * p.L + p.rows * 2) * p.K * p.itemsize
-    return [
+    traffic = (
+        (row_blocks * (2 + 2 * p.grad_locals) * p.N * p.L + p.rows * 2)
+        * p.K
+        * (p.operand_dtype if plan.gpu else p.score_dtype).itemsize
+    )
+    lines = [
         f"order: {plan.order} ({why})",
         f"blocks: {row_blocks} of {plan.row_images * p.P} rows x {col_blocks} of {plan.col_images * p.L} columns, "
         f"scores in {_short(p.score_dtype)}; local features {staged}",
@@ -96,6 +114,17 @@ def _plan_lines(plan: Plan) -> list[str]:
         f"gradients: {', '.join(gradients) or 'none'}",
         f"memory: reads and writes about {format_bytes(traffic)} of features and gradients; peak beyond inputs, "
         f"outputs and gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
+    ]
+    return lines if plan.gpu is None else lines + _gpu_lines(p, plan.gpu)
+
+
+def _gpu_lines(p: Problem, gpu: GpuChoice) -> list[str]:
+    tile = gpu.tile
+    return [
+        f"GPU: {gpu.chip.name} with {gpu.chip.multiprocessors} multiprocessors; tiles of {tile.BM} rows x {tile.BN} "
+        f"columns, {tile.BK} channels at a time; {_short(p.operand_dtype)} operands, {_short(p.weight_dtype)} weights",
+        f"predicted by a model, not measured: {gpu.seconds * 1e3:.3g} ms, {gpu.seconds / gpu.floor:.3g} times the "
+        "products alone",
     ]
 
 

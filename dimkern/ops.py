@@ -14,6 +14,8 @@ and travels to the backward, which may run on another thread, as a tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,23 @@ def _gradients(c: Tensor, g: Tensor, grad_c: bool, grad_g: bool) -> tuple[Tensor
     )
 
 
+def _triton_tiles() -> type[streaming.Tiles]:
+    from .backends.triton.tiles import TritonTiles  # which imports Triton: only where there is a chip for it
+
+    return TritonTiles
+
+
+_TILES: dict[str, Callable[[], Callable[..., streaming.Tiles]]] = {
+    "streaming": lambda: TorchTiles,
+    "cpu": lambda: CpuTiles,
+    "triton": _triton_tiles,
+}
+
+
 def _tiles(
     plan: Plan, c: Tensor, g: Tensor, scale: Tensor, grad_c: Tensor | None = None, grad_h: Tensor | None = None
 ) -> streaming.Tiles:
-    backend = CpuTiles if plan.backend == "cpu" else TorchTiles
+    backend = _TILES[plan.backend]()
     d_c = grad_c.flatten(1, -2) if grad_c is not None and grad_c.numel() else None
     d_h = grad_h if grad_h is not None and grad_h.numel() else None
     return backend(plan, c, g, scale, d_c, d_h)

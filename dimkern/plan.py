@@ -12,7 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import gpu_plan
 from .estimators import REGISTRY, Estimator
+from .gpu import Chip, chip_of
 from .native import WHY_NOT_LOADED, warn_once
 
 BACKENDS = ("cuda", "triton", "cpu", "streaming", "reference")  # in the order "auto" tries them
@@ -50,6 +52,8 @@ class Problem:
     strided: bool = True  # the local features are (N, L, K) with strides, not (N, H, W, K)
     critic: str = "dot"  # or "pair_mlp", whose K is H, the units of a hidden layer
     grad_critic: bool = False
+    summaries_dtype: torch.dtype = torch.float32
+    aligned: bool = False  # the local features are a matrix that a GPU's wide loads can read as it is
 
     @property
     def rows(self) -> int:
@@ -63,6 +67,21 @@ class Problem:
     @property
     def row(self) -> Estimator:
         return REGISTRY[self.estimator]
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """What a GPU's tensor cores multiply: the inputs' own half precision where they share one."""
+        return self.dtype if self.dtype == self.summaries_dtype else self.score_dtype
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What a GPU keeps weights in: bfloat16 has float32's range, float16 would lose small ones and overflow."""
+        return torch.bfloat16 if self.operand_dtype.itemsize == 2 else self.operand_dtype
+
+    @property
+    def in_place(self) -> bool:
+        """A GPU reads the local features where they are."""
+        return self.aligned and self.dtype == self.operand_dtype
 
     @property
     def itemsize(self) -> int:
@@ -88,7 +107,7 @@ def describe(
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
         grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1, c.ndim == 3, critic,
-        grad_critic,
+        grad_critic, g.dtype, is_matrix_view(c) and is_aligned(c.flatten(0, 1)),
     )  # fmt: skip
 
 
@@ -107,6 +126,18 @@ def is_matrix_view(c: Tensor) -> bool:
     return rows_merge and (K == 1 or c.stride(2) == 1) and row_stride >= K
 
 
+def is_aligned(x: Tensor) -> bool:
+    """A matrix (rows, K) begins, and every row of it, at a multiple of 16 elements: wide loads and TMA can read it."""
+    rows, K = x.shape
+    return (
+        K % 16 == 0
+        and x.stride(1) == 1
+        and x.stride(0) % 16 == 0
+        and (rows == 1 or x.stride(0) >= K)
+        and x.data_ptr() % 16 == 0
+    )
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one backend runs one problem. Blocks are whole images, so that own-image pairs form a block diagonal."""
@@ -118,6 +149,7 @@ class Plan:
     col_images: int  # images per block of columns: col_images * L columns
     budget: int  # bytes
     scratch: int  # bytes expected beyond inputs, outputs and gradients
+    gpu: gpu_plan.GpuChoice | None = None
 
     def row_blocks(self) -> Iterator[slice]:
         return blocks(self.problem.N, self.row_images)
@@ -147,7 +179,9 @@ def blocks(images: int, block: int) -> Iterator[slice]:
         yield slice(start, min(start + block, images))
 
 
-def why_not(backend: str, device: torch.device, critic: str = "dot") -> str | None:
+def why_not(
+    backend: str, device: torch.device, critic: str = "dot", score_dtype: torch.dtype = torch.float32
+) -> str | None:
     """None if `backend` can serve tensors on `device`, else the reason a user should read."""
     if backend in ("reference", "streaming"):
         return None
@@ -157,20 +191,25 @@ def why_not(backend: str, device: torch.device, critic: str = "dot") -> str | No
         if device.type != "cpu":
             return f"the tensors are on {device}, not on the CPU"
         return WHY_NOT_LOADED
-    if backend in ("triton", "cuda"):
+    if backend == "triton":
+        found = "its kernels have no float64" if score_dtype == torch.float64 else chip_of(device)
+        return f"{found}; the streaming backend serves instead" if isinstance(found, str) else None
+    if backend == "cuda":
         return f"the {backend} backend is not part of this release; the streaming backend serves instead"
     raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, sorted(BACKENDS)))}")
 
 
-def choose_backend(backend: str, device: torch.device, critic: str = "dot") -> str:
+def choose_backend(
+    backend: str, device: torch.device, critic: str = "dot", score_dtype: torch.dtype = torch.float32
+) -> str:
     """The backend to use for the one asked for ("auto": the first that can).
 
     Raises:
         ValueError: an unknown backend, or one that cannot serve here (the message says why).
     """
     if backend == "auto":
-        return next(name for name in BACKENDS if why_not(name, device, critic) is None)
-    reason = why_not(backend, device, critic)
+        return next(name for name in BACKENDS if why_not(name, device, critic, score_dtype) is None)
+    reason = why_not(backend, device, critic, score_dtype)
     if reason is not None:
         raise ValueError(f"backend is {backend!r}: {reason}")
     return backend
@@ -261,11 +300,31 @@ def _too_small(budget: int, least: Plan) -> ValueError:
     )
 
 
+@lru_cache(maxsize=256)
+def plan_on_chip(problem: Problem, budget: int, chip: Chip) -> Plan:
+    """The plan that takes the least time on a GPU by the model of `gpu_plan`; the chip need not be there.
+
+    Raises:
+        ValueError: not even one image against one image fits; the message says how much would.
+    """
+    p = problem
+    found = min(gpu_plan.choices(p, chip, budget), key=lambda choice: choice[:2], default=None)
+    if found is None:
+        scratch = gpu_plan.scratch_bytes(p, 1, 1, False)
+        raise _too_small(budget, Plan(p, "triton", "columns outside", 1, 1, budget, scratch))
+    _, scratch, order, row_images, col_images, choice = found
+    return Plan(p, "triton", order, row_images, col_images, budget, scratch, choice)
+
+
 def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
-    chosen = choose_backend(backend, problem.device, problem.critic)
+    chosen = choose_backend(backend, problem.device, problem.critic, problem.score_dtype)
     if problem.critic != "dot":
         return make_plan(problem, budget, chosen)
+    if chosen == "triton":
+        chip = chip_of(problem.device)
+        assert isinstance(chip, Chip), chip  # or it would not have been chosen
+        return plan_on_chip(problem, budget, chip)
     if backend == "auto" and chosen == "cpu" and too_small_for_cpu(problem, budget):
         chosen = "streaming"
     elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":

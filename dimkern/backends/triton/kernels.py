@@ -1,0 +1,250 @@
+"""score + map on a GPU: a GEMM tile with an estimator's map as its epilogue.
+
+The kernels never name an estimator: its psi and phi come as functions (`estimators.py`), and a new row of the registry
+changes nothing here. Sums leave as one partial for each tile, so that the order they are added in is fixed: no atomics.
+Row and column indices are relative to the block of pairs; its columns begin `shift` images after its rows. Matrices
+have rows of `stride` elements, K of them features, and both are multiples of 16.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import tanh
+
+NO_SCORE = tl.constexpr(float("-inf"))
+EMPTY, FULL = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)  # sums of psi between which a row's reference served
+
+
+@triton.jit
+def score_map(g, c, scale_ptr, ref_ptr, gain_ptr, e, psi_ptr, top_ptr,
+              g_stride, c_stride, e_stride, R, M, K, P, L, shift, clip,
+              PSI: tl.constexpr, PHI: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, KEEP: tl.constexpr,
+              GAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+              TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile: its row sums of psi, and with KEEP the weights phi, with GAIN gain * phi, in e (R, e_stride).
+
+    With KEEP the reference of a log-sum-exp row is given. Without, it is the tile's own maximum, which goes to
+    `top`. Weights of own-image pairs are left as they come: `write_own` overwrites them.
+    """
+    tile_row, tile_col = tile_of(R, M, BM, BN, GROUP)
+    row, col = tile_row * BM, tile_col * BN
+    s = score_tile(g, c, row, col, g_stride, c_stride, R, M, K, tl.load(scale_ptr), BM, BN, BK, TMA, PRECISION)
+    parts = quarters(s)
+
+    rows = row + tl.arange(0, BM)
+    first = own_columns(rows, shift, P, L, M)
+    own_begins, own_ends = own_columns(row, shift, P, L, M), own_columns(row + BM - 1, shift, P, L, M) + L
+    ragged = (own_begins < col + BN) & (own_ends > col) | (col + BN > M)
+    at = tile_col.to(tl.int64) * R + rows
+    if KEEP:
+        ref = tl.load(ref_ptr + rows, mask=rows < R, other=0.0)
+    else:
+        ref = tl.zeros((BM,), tl.float32)
+        if LSE:
+            top = tl.full((BM,), NO_SCORE, tl.float32)
+            for i in tl.static_range(4):
+                top = tl.maximum(top, highest(parts[i], col + i * (BN // 4), first, ragged, clip, M, L, CLIP))
+            tl.store(top_ptr + at, top, mask=rows < R)
+            ref = finite(top)
+    gain = ref
+    if GAIN:
+        gain = tl.load(gain_ptr + rows, mask=rows < R, other=0.0)
+    sums = tl.zeros((BM,), tl.float32)
+    for i in tl.static_range(4):
+        sums += map_part(parts[i], row, col + i * (BN // 4), first, ref, gain, ragged, clip, e, e_stride, R, M, L,
+                         PSI, PHI, LSE, CLIP, KEEP, GAIN)  # fmt: skip
+    tl.store(psi_ptr + at, sums, mask=rows < R)
+
+
+@triton.jit
+def close_rows(g, c, scale_ptr, ref_ptr, e, psi_ptr, sum_ptr, T,
+               g_stride, c_stride, e_stride, R, M, K, P, L, shift, clip,
+               PSI: tl.constexpr, PHI: tl.constexpr, CLIP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Add the T partial sums of rows kept by `score_map`; where a reference failed, redo its rows with their maximum.
+
+    Always launched; the redoing is left out on what the sums say, so nothing waits for the host.
+    """
+    row = tl.program_id(0) * BM
+    rows = row + tl.arange(0, BM)
+    sums = tl.zeros((BM,), tl.float32)
+    for t in range(0, T, BT):
+        tiles = t + tl.arange(0, BT)
+        inside = (tiles < T)[:, None] & (rows < R)[None, :]
+        sums += tl.sum(tl.load(psi_ptr + tiles[:, None].to(tl.int64) * R + rows[None, :], mask=inside, other=0.0), 0)
+    failed = (rows < R) & ~((sums > EMPTY) & (sums < FULL))  # a NaN has failed too
+    if tl.max(failed.to(tl.int32), 0) != 0:
+        scale = tl.load(scale_ptr)
+        first = own_columns(rows, shift, P, L, M)
+        top = tl.full((BM,), NO_SCORE, tl.float32)
+        for col in range(0, M, BN):
+            s = score_tile(g, c, row, col, g_stride, c_stride, R, M, K, scale, BM, BN, BK, False, PRECISION)
+            top = tl.maximum(top, highest(s, col, first, True, clip, M, L, CLIP))
+        ref = finite(top)
+        sums = tl.zeros((BM,), tl.float32)
+        for col in range(0, M, BN):
+            s = score_tile(g, c, row, col, g_stride, c_stride, R, M, K, scale, BM, BN, BK, False, PRECISION)
+            sums += map_part(s, row, col, first, ref, ref, True, clip, e, e_stride, R, M, L,
+                             PSI, PHI, True, CLIP, True, False)  # fmt: skip
+        tl.store(ref_ptr + rows, ref, mask=rows < R)
+    tl.store(sum_ptr + rows, sums, mask=rows < R)
+
+
+@triton.jit
+def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, first_image, clip,
+               CLIP: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """A row against its own image's locations: the scores, (N, P, L), and the largest, (N, P).
+
+    c begins at first_image.
+    """
+    image, row = tl.program_id(0) // P, first_image.to(tl.int64) * P + tl.program_id(0)
+    scale = tl.load(scale_ptr)
+    top = tl.full((BL,), NO_SCORE, tl.float32)
+    for first in range(0, L, BL):
+        locations = first + tl.arange(0, BL)
+        columns = image.to(tl.int64) * L + locations
+        products = tl.zeros((BL, BK), tl.float32)
+        for k in range(0, K, BK):
+            channels = k + tl.arange(0, BK)
+            x = tl.load(g + row * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32)
+            inside = (locations < L)[:, None] & (channels < K)[None, :]
+            y = tl.load(c + columns[:, None] * c_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+            products += x[None, :] * y
+        s = soft_clip(tl.sum(products, 1) * scale, clip, CLIP)
+        tl.store(s_ptr + row * L + locations, s, mask=locations < L)
+        top = tl.maximum(top, tl.where(locations < L, s, NO_SCORE))
+    tl.store(top_ptr + row, tl.max(top, 0))
+
+
+@triton.jit
+def write_own(e, own_ptr, s_ptr, e_stride, P, L, shift, first_image, clip, CLIP: tl.constexpr, BL: tl.constexpr):
+    """Put the weights of own-image pairs, (images, P, L), into a kept block.
+
+    e begins at the first such row, own at its weights, s at first_image 0; the columns are `shift` images further.
+    """
+    row = tl.program_id(0)
+    at = (first_image.to(tl.int64) * P + row) * L
+    for first in range(0, L, BL):
+        locations = first + tl.arange(0, BL)
+        w = tl.load(own_ptr + row.to(tl.int64) * L + locations, mask=locations < L, other=0.0)
+        if CLIP:
+            w *= slope(tl.load(s_ptr + at + locations, mask=locations < L, other=0.0), clip)
+        column = (row // P + shift).to(tl.int64) * L
+        tl.store(e + row.to(tl.int64) * e_stride + column + locations, w.to(e.dtype.element_ty), mask=locations < L)
+
+
+@triton.jit
+def tile_of(R, M, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile: row tiles of a group first, so that their summaries and a column tile stay in L2."""
+    pid = tl.program_id(0)
+    row_tiles, col_tiles = tl.cdiv(R, BM), tl.cdiv(M, BN)
+    group = pid // (GROUP * col_tiles)
+    size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = pid % (GROUP * col_tiles)
+    return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def score_tile(g, c, row, col, g_stride, c_stride, R, M, K, scale, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """scale * <G_r, C_c> of a tile, (BM, BN) float32."""
+    s = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, K, BK):
+        g_tile = load_tile(g, row, k, g_stride, R, K, BM, BK, TMA)
+        c_tile = load_tile(c, col, k, c_stride, M, K, BN, BK, TMA)
+        s = tl.dot(g_tile, c_tile.T, s, input_precision=PRECISION)
+    return s * scale
+
+
+@triton.jit
+def load_tile(x, row, k, stride, count, K, B: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """Rows row.. and channels k.. of a matrix, (B, BK), zeros beyond it. x is a pointer, with TMA a descriptor."""
+    if TMA:
+        tile = x.load([row, k])
+    else:
+        rows = row + tl.arange(0, B)
+        channels = k + tl.arange(0, BK)
+        inside = (rows < count)[:, None] & (channels < K)[None, :]
+        tile = tl.load(x + rows[:, None].to(tl.int64) * stride + channels[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def quarters(s):
+    """A tile's columns in four parts, in the registers they are in: mapped one by one, they leave room for the map."""
+    left, right = halves(s)
+    a, b = halves(left)
+    c, d = halves(right)
+    return a, b, c, d
+
+
+@triton.jit
+def halves(s):
+    return tl.split(tl.permute(tl.reshape(s, (s.shape[0], 2, s.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def map_part(s, row, col, first, ref, gain, ragged, clip, e, e_stride, R, M, L,
+             PSI: tl.constexpr, PHI: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, KEEP: tl.constexpr,
+             GAIN: tl.constexpr):  # fmt: skip
+    """Map some columns of a tile: the row sums of psi, (BM,); with KEEP the weights go to e."""
+    cols = col + tl.arange(0, s.shape[1])
+    s = soft_clip(s, clip, CLIP)
+    if LSE and ragged:
+        s = tl.where(outside(cols, first, M, L), NO_SCORE, s)
+    psi = PSI(s, ref[:, None])
+    if not LSE and ragged:
+        psi = tl.where(outside(cols, first, M, L), 0.0, psi)
+    if KEEP:
+        phi = tl.zeros(s.shape, tl.float32) + PHI(s, ref[:, None])
+        if CLIP:
+            phi *= slope(s, clip)
+        if GAIN:
+            phi *= gain[:, None]
+        rows = row + tl.arange(0, s.shape[0])
+        inside = (rows < R)[:, None] & (cols < e_stride)[None, :]
+        tl.store(e + rows[:, None].to(tl.int64) * e_stride + cols[None, :], phi.to(e.dtype.element_ty), mask=inside)
+    return tl.sum(psi, 1)
+
+
+@triton.jit
+def highest(s, col, first, ragged, clip, M, L, CLIP: tl.constexpr):
+    """Each row's largest score over the negatives among some columns, (BM,)."""
+    cols = col + tl.arange(0, s.shape[1])
+    s = soft_clip(s, clip, CLIP)
+    if ragged:
+        s = tl.where(outside(cols, first, M, L), NO_SCORE, s)
+    return tl.max(s, 1)
+
+
+@triton.jit
+def finite(top):
+    """Any finite reference serves a row that is empty (-inf) or has overflown (+inf): inf - inf would be NaN."""
+    return tl.where(tl.abs(top) == float("inf"), 0.0, top)
+
+
+@triton.jit
+def own_columns(rows, shift, P, L, M):
+    """The first of the L columns of each row's own image, held to [-L, M] where the block has none of them, (BM,)."""
+    first = (rows // P - shift).to(tl.int64) * L
+    return tl.minimum(tl.maximum(first, -L), M).to(tl.int32)
+
+
+@triton.jit
+def outside(cols, first, M, L):
+    """Pairs that are no negatives: of the row's own image, or beyond the block's last column."""
+    d = cols[None, :] - first[:, None]
+    return ((d >= 0) & (d < L)) | (cols >= M)[None, :]
+
+
+@triton.jit
+def soft_clip(s, clip, CLIP: tl.constexpr):
+    if CLIP:
+        s = clip * tanh(s / clip)
+    return s
+
+
+@triton.jit
+def slope(s, clip):
+    """Derivative of the soft clip at scores that are clipped already."""
+    return 1.0 - (s / clip) * (s / clip)

@@ -1,0 +1,259 @@
+"""Tiles on a GPU: score and map fused in Triton, the two gradient products by cuBLAS through torch.
+
+Owns the operands, the scratch for weights and the launches of one call. Tensor cores read the inputs in their own
+half precision, and weights are stored in bfloat16 for them: a relative error of 2^-9 on a weight, while a score
+is float32 from its sum on.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...estimators import Scores
+from ...gpu_plan import precision
+from ...plan import Plan, blocks, is_aligned
+from ..torch import _both
+from . import estimators, kernels
+
+_LEAST_ALPHA = 2.0**-100  # of a row's positives' weights: beyond that its negatives are nothing beside them
+
+
+class TritonTiles:
+    """s = scale * <g, c>, softly clipped where the problem says so (MATHS.md §1)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        c: Tensor,  # (N, L, K) or (N, H, W, K), any strides, any floating dtype but float64
+        g: Tensor,  # (N, P, K)
+        scale: Tensor,  # 0-d
+        grad_c: Tensor | None,  # (N, L, K) float32, contiguous, uninitialised
+        grad_h: Tensor | None,  # (N, P, K) the gradient by scale * g
+    ) -> None:
+        p = plan.problem
+        assert plan.gpu is not None
+        self._plan, self._p, self._tile, self._tma = plan, p, plan.gpu.tile, plan.gpu.chip.has_tma
+        self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
+        self._operand = p.operand_dtype
+        self._weight = p.weight_dtype
+        self._scale = scale.to(torch.float32)
+        self._g = padded_matrix(g.flatten(0, 1), self._operand)  # (R, K rounded up)
+        self._scaled = g.flatten(0, 1).float().mul_(self._scale) if grad_c is not None else None  # (R, K)
+        self._staged: tuple[slice, Tensor] | None = None
+        self._own: tuple[Tensor, Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
+        self._pool: Tensor | None = None
+        self._map = {
+            "PSI": getattr(estimators, f"{p.estimator}_psi"),
+            "PHI": getattr(estimators, f"{p.estimator}_phi"),
+            "CLIP": p.clip is not None,
+            "PRECISION": precision(),
+        }
+        self._lse = p.row.family != "pointwise"
+
+    def positives(self, images: slice) -> Tensor:
+        return self._own_scores()[0][images]
+
+    def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        top, partial = self._score_map(rows, cols, None, None, None)
+        if not self._lse:
+            sums = self._per_row(partial.sum(0, dtype=torch.float64))
+            return torch.zeros_like(sums), sums
+        highest = top.amax(0)
+        ref = torch.where(highest.isinf(), 0.0, highest)
+        sums = (partial.double() * (top - ref).double().exp()).sum(0)
+        return self._per_row(ref), self._per_row(sums)
+
+    def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        p = self._p
+        e = self._kept_block(rows, cols)
+        self._kept[cols.start] = e
+        if self._lse:
+            ref = self._own_scores()[1][rows].clone()
+        else:
+            ref = torch.zeros(rows.stop - rows.start, p.P, dtype=torch.float32, device=p.device)
+        _, partial = self._score_map(rows, cols, e, ref, None)
+        sums = self._close_rows(rows, cols, e, ref, partial) if self._lse else partial.sum(0, dtype=torch.float64)
+        return ref, self._per_row(sums)
+
+    def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
+        e = self._kept.pop(cols.start)
+        if own is None:
+            weights = torch.zeros(alpha.shape[0], self._p.P, self._p.L, device=self._p.device)
+        else:
+            # own weights join the kept ones, which are relative to alpha; where alpha has all but vanished it is raised
+            # to what is still nothing beside them
+            alpha = torch.maximum(alpha, own.abs().amax(-1) * _LEAST_ALPHA)
+            weights = torch.where(alpha.unsqueeze(-1) == 0, 0.0, own / alpha.unsqueeze(-1))
+        self._write_own(e, rows, cols, weights)
+        self._products(e, rows, cols, alpha)
+
+    def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
+        e = self._kept_block(rows, cols)
+        ref = torch.zeros_like(alpha) if ref is None else ref
+        _, partial = self._score_map(rows, cols, e, ref, alpha)
+        self._write_own(e, rows, cols, own)
+        self._products(e, rows, cols, None)
+        return self._per_row(partial.sum(0, dtype=torch.float64))
+
+    def whole(self, kappa: float) -> Scores | None:
+        return None
+
+    def rescale(self, factor: Tensor) -> None:
+        for gradient in (self._grad_c, self._grad_h):
+            if gradient is not None:
+                gradient.mul_(factor)
+
+    def accumulate_own(self, own: Tensor) -> None:
+        p = self._p
+        g = self._g[:, : p.K].float().mul_(self._scale).view(p.N, p.P, p.K)
+        for cols in blocks(p.N, self._plan.col_images):
+            weights = own[cols].float()
+            c = self._locals(cols)[:, : p.K].float().view(-1, p.L, p.K)
+            if p.clip is not None:
+                weights = weights * (1.0 - (self.positives(cols) / p.clip).square())
+            if self._grad_h is not None:
+                self._grad_h[cols].baddbmm_(weights, c)
+            if self._grad_c is not None:
+                self._grad_c[cols].baddbmm_(weights.mT, g[cols])
+
+    def _score_map(
+        self, rows: slice, cols: slice, e: Tensor | None, ref: Tensor | None, gain: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Launch a block's tiles: their references, where none are given, and row sums of psi, (column tiles, rows)."""
+        p, g, c = self._p, self._rows(rows), self._locals(cols)
+        tile, R, M, K = self._tile, g.shape[0], c.shape[0], g.shape[1]
+        partial = torch.empty(triton.cdiv(M, tile.BN), R, dtype=torch.float32, device=p.device)
+        top = torch.empty_like(partial) if e is None and self._lse else partial
+        keep, nothing = e is not None, self._scale
+        operands = (described(g, tile.BM, tile.BK), described(c, tile.BN, tile.BK)) if self._tma else (g, c)
+        with torch.cuda.device_of(g):
+            kernels.score_map[(triton.cdiv(R, tile.BM) * triton.cdiv(M, tile.BN),)](
+                *operands, self._scale, nothing if ref is None else flat(ref), nothing if gain is None else flat(gain),
+                nothing if e is None else e, partial, top,
+                g.stride(0), c.stride(0), 0 if e is None else e.stride(0), R, M, K, p.P, p.L, cols.start - rows.start,
+                p.clip or 0.0, **self._map, LSE=self._lse, KEEP=keep, GAIN=gain is not None, TMA=self._tma,
+                BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=16, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+        return top, partial
+
+    def _close_rows(self, rows: slice, cols: slice, e: Tensor, ref: Tensor, partial: Tensor) -> Tensor:
+        p, g, c = self._p, self._rows(rows), self._locals(cols)
+        R, M, K = g.shape[0], c.shape[0], g.shape[1]
+        sums = torch.empty(R, dtype=torch.float32, device=p.device)
+        BM, BN = 64, 64
+        with torch.cuda.device_of(g):
+            kernels.close_rows[(triton.cdiv(R, BM),)](
+                g, c, self._scale, ref, e, partial, sums, partial.shape[0], g.stride(0), c.stride(0), e.stride(0),
+                R, M, K, p.P, p.L, cols.start - rows.start, p.clip or 0.0, **self._map, BM=BM, BN=BN, BK=32,
+                BT=32, num_warps=4, num_stages=2,
+            )  # fmt: skip
+        return sums
+
+    def _own_scores(self) -> tuple[Tensor, Tensor]:
+        """Scores of the own-image pairs, (N, P, L), and each row's largest, (N, P)."""
+        if self._own is None:
+            p = self._p
+            scores = torch.empty(p.N, p.P, p.L, dtype=torch.float32, device=p.device)
+            top = torch.empty(p.N, p.P, dtype=torch.float32, device=p.device)
+            for cols in blocks(p.N, self._plan.col_images):
+                c = self._locals(cols)
+                with torch.cuda.device_of(c):
+                    kernels.own_scores[((cols.stop - cols.start) * p.P,)](
+                        self._g, c, self._scale, scores, top, self._g.stride(0), c.stride(0), p.P, p.L, c.shape[1],
+                        cols.start, p.clip or 0.0, CLIP=p.clip is not None, BL=16, BK=128, num_warps=4,
+                    )  # fmt: skip
+            self._own = scores, top
+        return self._own
+
+    def _write_own(self, e: Tensor, rows: slice, cols: slice, own: Tensor) -> None:
+        """Own-image pairs' weights, (rows, P, L), into the block's."""
+        p, images = self._p, _both(rows, cols)
+        if images is None:
+            return
+        own = own.float().contiguous()
+        scores = self._own_scores()[0] if p.clip is not None else own
+        first = images.start - rows.start
+        with torch.cuda.device_of(e):
+            kernels.write_own[((images.stop - images.start) * p.P,)](
+                e[first * p.P :], own[first:], scores, e.stride(0), p.P, p.L, images.start - cols.start, images.start,
+                p.clip or 0.0, CLIP=p.clip is not None, BL=min(128, triton.next_power_of_2(p.L)), num_warps=1,
+            )  # fmt: skip
+
+    def _products(self, e: Tensor, rows: slice, cols: slice, alpha: Tensor | None) -> None:
+        """The two gradient products of a block's weights, which alpha, (rows, P), has yet to scale."""
+        p = self._p
+        gain = None if alpha is None else flat(alpha).unsqueeze(1)
+        if self._grad_h is not None:
+            c = self._locals(cols)[:, : p.K].to(self._weight)
+            grad = self._grad_h[rows].flatten(0, 1)
+            if gain is None:
+                add_product(grad, e, c, add=cols.start > 0)
+            elif cols.start == 0:
+                add_product(grad, e, c, add=False)
+                grad.mul_(gain)
+            else:
+                grad.addcmul_(add_product(torch.empty_like(grad), e, c, add=False), gain)
+        if self._grad_c is not None:
+            g = self._scaled[rows.start * p.P : rows.stop * p.P]
+            g = (g if gain is None else g * gain).to(self._weight)
+            add_product(self._grad_c[cols].flatten(0, 1), e.t(), g, add=rows.start > 0)
+
+    def _rows(self, rows: slice) -> Tensor:
+        return self._g[rows.start * self._p.P : rows.stop * self._p.P]
+
+    def _locals(self, cols: slice) -> Tensor:
+        """Local features of some images as a matrix in the operand dtype, (columns, K rounded up)."""
+        if self._p.in_place:
+            return self._c[cols].flatten(0, 1)
+        if self._staged is None or self._staged[0] != cols:
+            self._staged = None
+            self._staged = cols, padded_matrix(self._c[cols].flatten(0, -2), self._operand)
+        return self._staged[1]
+
+    def _kept_block(self, rows: slice, cols: slice) -> Tensor:
+        p = self._p
+        if self._pool is None:
+            size = self._plan.row_images * p.P * round_up(self._plan.col_images * p.L)
+            kept = -(-p.N // self._plan.col_images) if self._plan.order == "rows outside" else 1
+            self._pool = torch.empty(kept, size, dtype=self._weight, device=p.device)
+        R, M = (rows.stop - rows.start) * p.P, (cols.stop - cols.start) * p.L
+        block = self._pool[cols.start // self._plan.col_images if len(self._pool) > 1 else 0]
+        return block[: R * round_up(M)].view(R, round_up(M))[:, :M]
+
+    def _per_row(self, statistic: Tensor) -> Tensor:
+        return statistic.reshape(-1, self._p.P)
+
+
+def padded_matrix(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (rows, K) as a matrix whose rows are a multiple of 16 elements, zeros after K; x itself where it is one."""
+    rows, K = x.shape
+    if x.dtype == dtype and is_aligned(x):
+        return x
+    matrix = torch.zeros(rows, round_up(K), dtype=dtype, device=x.device)
+    matrix[:, :K] = x
+    return matrix
+
+
+def described(x: Tensor, rows: int, channels: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, channels])
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
+    """out (float32) = a·b, or with `add` out + a·b: accumulated in float32 whatever a and b are."""
+    if a.dtype == torch.float32:
+        return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    if add:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1).float()
+
+
+def round_up(size: int) -> int:
+    return -(-size // 16) * 16

@@ -1,0 +1,205 @@
+"""The plan on a GPU: which order, blocks and tile take the least time by a model of the chip, within the budget.
+
+Owns the model and the tables of tiles. The model is arithmetic (docs/gpu.md): a kernel takes the longer of its
+multiplications and its bytes through the memory, a map adds its instructions to the multiplications before it, and
+every launch costs. It chooses between plans; it promises no time.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from .gpu import Chip
+
+if TYPE_CHECKING:
+    from .plan import Problem
+
+H100 = Chip("cuda", 90, multiprocessors=132, clock=1.83e9, bandwidth=3.35e12, shared_memory=232448)
+A100 = Chip("cuda", 80, multiprocessors=108, clock=1.41e9, bandwidth=2.04e12, shared_memory=166912)
+
+# Dense multiply-adds a clock and multiprocessor, by compute capability: the largest that is not above the chip's.
+_MMA = {
+    "half": {80: 1024, 86: 512, 90: 2048, 100: 4096, 120: 512},
+    "tf32": {80: 512, 86: 256, 90: 1024, 100: 2048, 120: 256},
+    "ieee": {80: 64, 86: 128, 90: 128},
+}
+_LANES = 128  # instructions of one lane that a multiprocessor issues a clock
+# Instructions an element, counted in the compiled kernels: those of the functions, and scale, sum, rounding and store.
+_MAP_INSTRUCTIONS = 5
+_INSTRUCTIONS = {"exp": 3, "softplus": 15, "sigmoid": 5}  # sigmoid shares softplus' exponential and logarithm
+# Bytes of operand tiles from L2, a clock and multiprocessor: what a 128x256 half-precision tile of a Hopper needs to
+# keep its tensor cores busy, which well-tuned products of that size are known to come near to.
+_L2_BYTES = 48
+_HOST_LAUNCH, _DEVICE_LAUNCH = 5e-6, 1.5e-6  # seconds that a launch costs the host, and the chip between two kernels
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program's share of the pairs, and how it is run."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    programs: int  # that a multiprocessor holds at once
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of the pipeline of operand tiles."""
+        return (self.BM + self.BN) * self.BK * itemsize * self.stages
+
+
+# From the resource reports (docs/gpu.md): no register spills, the multiplications and the loads in the innermost loop.
+_HALF_TMA = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
+_HALF = (Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
+_SINGLE = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2))
+
+
+@dataclass(frozen=True)
+class GpuChoice:
+    """What a Plan for a GPU holds besides blocks."""
+
+    chip: Chip
+    tile: Tile
+    seconds: float  # predicted for loss and gradients
+    floor: float  # predicted for the three (or fewer) products alone
+
+
+def tiles_for(chip: Chip, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles that fit a chip, the largest first."""
+    table = _SINGLE if dtype.itemsize == 4 else _HALF_TMA if chip.has_tma else _HALF
+    fitting = tuple(tile for tile in table if tile.shared_memory(dtype.itemsize) + 2048 <= chip.shared_memory)
+    return fitting or table[-1:]
+
+
+def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
+    """Bytes beyond inputs, outputs and gradients."""
+    rows, cols = row_images * p.P, col_images * p.L
+    half = p.weight_dtype.itemsize
+    weights = rows * (p.N * p.L if kept else cols) * half if p.needs_grad else 0
+    partial = rows * -(-cols // 64) * 4 * 2  # sums and references of the narrowest tiles
+    staged = 0 if p.in_place else cols * _padded(p.K) * p.operand_dtype.itemsize
+    if p.weight_dtype != p.operand_dtype and p.needs_grad:
+        staged += cols * _padded(p.K) * half
+    products = rows * p.K * (4 + half) if p.needs_grad else 0
+    summaries = p.rows * _padded(p.K) * (p.operand_dtype.itemsize + 4)
+    statistics = p.rows * p.L * (4 * 4 + 3 * 8) + p.rows * 16 * 8
+    return weights + partial + staged + products + summaries + statistics
+
+
+def predict(p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int, kept: bool) -> tuple[float, float]:
+    """Seconds for loss and gradients, and those of the chip's own work: all there is where the host is quick enough."""
+    rows, cols = row_images * p.P, col_images * p.L
+    row_blocks, col_blocks = -(-p.N // row_images), -(-p.N // col_images)
+    blocks = row_blocks * col_blocks
+    item, weight = p.operand_dtype.itemsize, p.weight_dtype.itemsize
+    mma = mma_rate(p, chip)
+    locals_, summaries, pairs = cols * p.K, rows * p.K, rows * cols
+
+    loads = (1 / tile.BM + 1 / tile.BN) * item / (_L2_BYTES * chip.multiprocessors * chip.clock)
+
+    def kernel(busy: float, moved: float) -> float:
+        return max(busy, moved / chip.bandwidth)
+
+    score = pairs * p.K * max(1 / mma, loads) / _filled(chip, tile, rows, cols)
+    mapped = pairs * map_instructions(p) / (_LANES * chip.multiprocessors * chip.clock)
+    # of several programs one multiplies while another maps
+    score = max(score, mapped) + min(score, mapped) / tile.programs
+    read = (locals_ + summaries) * item
+    block, launches = kernel(score, read + pairs * weight * p.needs_grad), 6
+    product, operands = pairs * p.K / mma, (pairs + locals_ + summaries) * weight
+    if p.needs_grad and not (kept or p.row.family == "pointwise" or p.weights_known):
+        block, launches = block + kernel(score, read), launches + 6
+    if p.grad_summaries:
+        block += kernel(product, operands + summaries * (4 if col_blocks == 1 else 12))
+    if p.grad_locals:
+        block += kernel(product, operands + locals_ * (4 if row_blocks == 1 else 8))
+    launches = 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
+
+    features = p.N * p.L * p.K
+    seconds = blocks * block + features * item / chip.bandwidth  # and once for the own-image pairs
+    if not p.in_place:
+        copies = row_blocks if col_blocks > 1 else 1
+        seconds += copies * features * (p.dtype.itemsize + item) / chip.bandwidth
+    # backward reads the float32 gradients and writes them in the inputs' dtype
+    outputs = p.grad_locals * features + p.grad_summaries * p.rows * p.K
+    seconds += outputs * (4 + p.dtype.itemsize) / chip.bandwidth
+    seconds += launches * _DEVICE_LAUNCH
+    return max(seconds, launches * _HOST_LAUNCH), seconds
+
+
+def floor(p: Problem, chip: Chip) -> float:
+    """Seconds of the bare products: one for the loss, one for each gradient."""
+    gemms = 1 + p.grad_locals + p.grad_summaries
+    return gemms * p.rows * p.N * p.L * p.K / mma_rate(p, chip)
+
+
+def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, float], int, str, int, int, GpuChoice]]:
+    """(predicted seconds, scratch, order, row images, column images, choice) of all blocks that fit."""
+    least = floor(p, chip)
+    orders = ["columns outside"]
+    if p.row.family != "pointwise" and p.needs_grad and not p.weights_known:
+        orders.append("rows outside")
+    for order in orders:
+        kept = order == "rows outside"
+        for row_images in _sizes(p.N):
+            for col_images in _sizes(p.N):
+                scratch = scratch_bytes(p, row_images, col_images, kept)
+                if scratch > budget or max(row_images * p.P, col_images * p.L) >= 2**30:
+                    continue
+                for tile in tiles_for(chip, p.operand_dtype):
+                    seconds = predict(p, chip, tile, row_images, col_images, kept)
+                    yield seconds, scratch, order, row_images, col_images, GpuChoice(chip, tile, seconds[0], least)
+
+
+def mma_rate(p: Problem, chip: Chip) -> float:
+    """Multiply-adds a second of the whole chip in the problem's operand dtype."""
+    kind = "half" if p.operand_dtype.itemsize == 2 else precision()
+    rates = _MMA[kind]
+    arch = chip.arch if chip.maker == "cuda" else 90
+    return rates[max(a for a in rates if a <= arch)] * chip.multiprocessors * chip.clock
+
+
+def precision() -> str:
+    """How float32 operands are multiplied: torch's own choice for its matrix products, "ieee" or "tf32"."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@lru_cache
+def _calls(text: str) -> tuple[str, ...]:
+    return tuple(
+        n.func.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    )
+
+
+def map_instructions(p: Problem) -> int:
+    """An element's instructions in the map."""
+    texts = {p.row.psi_text, p.row.phi_text} if p.needs_grad else {p.row.psi_text}
+    clip = 20 if p.clip is not None else 0
+    return _MAP_INSTRUCTIONS + clip + sum(_INSTRUCTIONS[name] for text in texts for name in _calls(text))
+
+
+def _filled(chip: Chip, tile: Tile, rows: int, cols: int) -> float:
+    """The share of the multiprocessors' time that tiles keep busy: the ragged ones and the last wave waste some."""
+    tiles = -(-rows // tile.BM) * -(-cols // tile.BN)
+    at_once = chip.multiprocessors * tile.programs
+    whole = rows * cols / (tiles * tile.BM * tile.BN)
+    # a wave that is not full still gives each of its programs the room of those that are missing, up to one for each
+    waves = tiles // at_once + min(1.0, -(-(tiles % at_once) // chip.multiprocessors) / tile.programs)
+    return whole * tiles / (waves * at_once)
+
+
+def _sizes(N: int) -> list[int]:
+    """Block sizes to try: even blocks, 1, 2, 3, 4, 6, 8, 12, 16, ... of them, and at last single images."""
+    counts = {1, *(count for power in range(N.bit_length()) for count in (2**power, 3 * 2**power) if count < N), N}
+    return sorted({-(-N // count) for count in counts}, reverse=True)
+
+
+def _padded(K: int) -> int:
+    return -(-K // 16) * 16
