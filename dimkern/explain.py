@@ -96,9 +96,12 @@ def _plan_lines(plan: Plan) -> list[str]:
         "rows outside": "a row block's weights are kept until the row sum is known",
         "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",
     }[plan.order]
-    copied = "panel by panel, in the cache" if plan.backend == "cpu" and p.strided else "block by block"
-    in_place = p.in_place if plan.gpu else not p.staged
+    native = plan.backend == "cpu"
+    copied = "panel by panel, in the cache" if native and p.strided else "block by block"
+    in_place = p.in_place if plan.gpu else not (p.staged_panels if native else p.staged)
     staged = "read in place" if in_place else f"copied {copied}"
+    if native and p.bf16_products:
+        staged += ", multiplied in bfloat16"
     # known weights mean reduction="none": its forward is a product of its own, and its backward sweeps the pairs again
     gemms = plan.gemms + (p.weights_known and p.needs_grad)
     traffic = (
@@ -136,8 +139,8 @@ def doctor() -> str:
     device = accelerator or torch.device("cpu")
     lines = [
         f"dimkern {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; "
-        f"native library: {instruction_sets()}",
+        f"CPU: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads; native library:",
+        *(f"  {name}: {fate}" for name, fate in instruction_sets().items()),
         f"accelerator: {accelerator or 'none'}",
         f"memory budget on the CPU: {format_bytes(memory_budget(torch.device('cpu')))}",
         "backends:",

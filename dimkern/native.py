@@ -34,6 +34,15 @@ def warn_once(reason: str) -> None:
     warnings.warn(text, stacklevel=8)  # the caller is beyond torch's dispatch
 
 
-def instruction_sets() -> str:
-    """What was built and which of them runs here, e.g. "generic avx2 avx512; avx512"."""
-    return WHY_NOT_LOADED or str(torch.ops.dimkern_cpu.isas.default())
+@lru_cache(maxsize=1)
+def multiplies_bf16() -> bool:
+    """Whether the library multiplies numbers in bfloat16 as they are."""
+    return WHY_NOT_LOADED is None and bool(torch.ops.dimkern_cpu.multiplies_bf16.default())
+
+
+def instruction_sets() -> dict[str, str]:
+    """What became of each instruction set of the library, the fastest first: chosen and why, or not and why."""
+    if WHY_NOT_LOADED is not None:
+        return {"not loaded": WHY_NOT_LOADED}
+    lines = str(torch.ops.dimkern_cpu.isas.default()).splitlines()
+    return dict(line.split(": ", 1) for line in lines)

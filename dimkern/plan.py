@@ -15,7 +15,7 @@ from torch import Tensor
 from . import gpu_plan
 from .estimators import REGISTRY, Estimator
 from .gpu import Chip, chip_of
-from .native import WHY_NOT_LOADED, warn_once
+from .native import WHY_NOT_LOADED, multiplies_bf16, warn_once
 
 BACKENDS = ("cuda", "triton", "cpu", "streaming", "reference")  # in the order "auto" tries them
 
@@ -54,6 +54,8 @@ class Problem:
     grad_critic: bool = False
     summaries_dtype: torch.dtype = torch.float32
     aligned: bool = False  # the local features are a matrix that a GPU's wide loads can read as it is
+    bf16_products: bool = False  # the native library multiplies the inputs' bfloat16 numbers as they are
+    staged_panels: bool = False  # the native library copies the local features, a panel at a time
 
     @property
     def rows(self) -> int:
@@ -103,11 +105,14 @@ def describe(
     """The Problem that these tensors pose."""
     N, L, K = c.shape[0], c.shape[1:-1].numel(), c.shape[-1]
     score_dtype = score_dtype_of(c.dtype, g.dtype)
-    staged = c.dtype != score_dtype or not is_matrix_view(c)
+    on_cpu, strided, matrix = c.device.type == "cpu", c.ndim == 3, is_matrix_view(c)
+    staged = c.dtype != score_dtype or not matrix
+    bf16_products = on_cpu and strided and c.dtype == g.dtype == torch.bfloat16 and multiplies_bf16()
+    staged_panels = not (matrix and K % 2 == 0) if bf16_products else staged  # it multiplies pairs of channels
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
-        grad_summaries, clip, torch.get_num_threads() if c.device.type == "cpu" else 1, c.ndim == 3, critic,
-        grad_critic, g.dtype, is_matrix_view(c) and is_aligned(c.flatten(0, 1)),
+        grad_summaries, clip, torch.get_num_threads() if on_cpu else 1, strided, critic, grad_critic, g.dtype,
+        matrix and is_aligned(c.flatten(0, 1)), bf16_products, staged_panels,
     )  # fmt: skip
 
 
@@ -363,14 +368,15 @@ def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -
 
 def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     rows = -(-row_images * p.P // _NATIVE_LANES) * _NATIVE_LANES
+    given = p.rows * p.K * p.itemsize  # summaries as the kernels take them, where that is a copy
     tiles = p.threads * _NATIVE_TILE * p.itemsize
     packed = (2 + p.threads - 1) * rows * (p.K + _NATIVE_LANES) * p.itemsize  # summaries twice, partial gradients
     blocks = -(-p.N // col_images)
     panels = p.N * p.L // _NATIVE_PANELS[0] + blocks * p.threads  # with a row of references each
     kept_bytes = rows * (p.N * p.L + panels) * p.itemsize if kept else 0
     staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
-    staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged else 0
-    return _common_bytes(p, rows, col_images) + tiles + packed + kept_bytes + staging
+    staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged_panels else 0
+    return _common_bytes(p, rows, col_images) + given + tiles + packed + kept_bytes + staging
 
 
 def _pair_mlp_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from oracle import BACKENDS, BF16, F32, F64, Case, assert_within_budget, ours, reductions
 
+from dimkern import explain
 from dimkern.estimators import REGISTRY
-from dimkern.native import WHY_NOT_LOADED, instruction_sets
+from dimkern.native import WHY_NOT_LOADED, instruction_sets, multiplies_bf16
 
 pytestmark = pytest.mark.skipif(WHY_NOT_LOADED is not None, reason=f"{WHY_NOT_LOADED} (continuous integration does)")
 LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in reductions(estimator)]
@@ -51,6 +52,8 @@ def test_ragged_edges(shape, estimator):
             {"clip": 2.0, "l_dtype": F64},
             {"budget": 0.0, "l_dtype": BF16},
             {"l_layout": "transposed", "budget": 0.6},
+            {"l_dtype": BF16, "m_dtype": BF16},
+            {"l_dtype": BF16, "m_dtype": BF16, "l_layout": "transposed", "clip": 2.0, "budget": 0.3},
         ):
             case = _case(shape, reduction=reduction, **variant)
             assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
@@ -64,11 +67,38 @@ def test_every_estimator_at_several_panels(estimator, reduction):
 
 
 @pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
+def test_bfloat16_features(estimator):
+    """Any layout, channels in pairs or not, a summary of another dtype: scores are float32's, weights are rounded."""
+    for fields in (
+        {"K": 6, "l_layout": "width_slice", "m_layout": "strided"},  # no strides of (N, L, K) describe it
+        {"K": 6, "l_layout": "channel_slice", "scale": -1.7},
+        {"K": 5, "l_layout": "image_slice", "needs": "l"},
+        {"K": 70, "N": 30, "L": 20, "l_layout": "transposed", "P": 9, "m_layout": "NPK"},
+        {"K": 70, "m_dtype": F32, "l_layout": "transposed"},
+        {"K": 70, "m_dtype": F64},
+        {"K": 8, "scale": 0.0, "needs": "ms"},
+    ):
+        for reduction in {"mean", reductions(estimator)[-1]}:
+            case = Case(**{"L": 6, "P": 2, "l_dtype": BF16, "m_dtype": BF16, "reduction": reduction, **fields})
+            assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="this processor, or DIMKERN_CPU_ISA, has no product of bfloat16")
+def test_explain_says_what_is_multiplied():
+    l, m = torch.randn(3, 5, 6, dtype=BF16).mT, torch.randn(3, 6, dtype=BF16)
+    assert "read in place, multiplied in bfloat16" in explain(l, m, backend="cpu")
+    assert "panel by panel, in the cache, multiplied in bfloat16" in explain(l.contiguous(), m, backend="cpu")
+    assert "panel by panel, in the cache, multiplied in bfloat16" in explain(l[:, :5], m[:, :5], backend="cpu")
+    assert "multiplied in bfloat16" not in explain(l, m.float(), backend="cpu")
+    assert "panel by panel, in the cache" in explain(l, m.float(), backend="cpu")
+
+
+@pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
 @pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
 def test_threads(estimator, threads):
     """Within the error budget for any number of threads, and the same to the last bit when run again."""
     for reduction in {"mean", reductions(estimator)[-1]}:
-        for fields in ({}, {"clip": 2.0, "budget": 0.8}):
+        for fields in ({}, {"clip": 2.0, "budget": 0.8}, {"l_dtype": BF16, "m_dtype": BF16}):
             case = _case("two panels and a column", reduction=reduction, **fields)
             first, again = ours(estimator, case, "cpu"), ours(estimator, case, "cpu")
             assert_within_budget(estimator, case, first)
@@ -88,21 +118,24 @@ def test_threads_do_share_the_work():
 
 def _chosen(isa):
     """The instruction set that runs where `isa` is asked for."""
-    code = "from dimkern.native import instruction_sets; print(instruction_sets())"
+    code = (
+        "from dimkern.native import instruction_sets as sets; print(*(k for k, v in sets().items() if 'chosen' in v))"
+    )
     environment = {**os.environ, "DIMKERN_CPU_ISA": isa}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return run.stdout.split("; ")[-1].strip()
+    return run.stdout.strip()
 
 
 @pytest.mark.skipif("DIMKERN_CPU_ISA" in os.environ, reason="runs the tests above once for each instruction set")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set(isa):
     """What was built and runs here is held to the same tests as the best."""
-    built, best = instruction_sets().split("; ")
-    if isa == best:
+    fate = instruction_sets()[isa]
+    if "chosen" in fate:
         pytest.skip(f"{isa} is what the tests above ran")
-    if isa not in built.split() or _chosen(isa) != isa:
-        pytest.skip(f"{isa} is not built, or not supported by this processor")
+    if "runs here" not in fate:
+        pytest.skip(f"{isa}: {fate}")
+    assert _chosen(isa) == isa
     some = "ragged_edges and infonce or several_panels and mean"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     run = subprocess.run(

@@ -1,10 +1,12 @@
 """Tiles by the native CPU library (`kernels/cpu`): score, map and accumulate fused, a tile never leaving the cache.
 
 Blocks inside a block, threads and instruction sets are the library's affair. Local features that are no
-matrix in the score dtype are staged panel by panel, in the cache.
+matrix of numbers that it multiplies are staged panel by panel, in the cache.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,12 +35,22 @@ class CpuTiles(TorchTiles):
         for gradient in (grad_c, grad_h):
             if gradient is not None:
                 _native.advise.default(gradient)
-        self._own_scores = torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
         if p.staged and p.strided:  # the kernels stage panels by themselves
             self._staging_images = own_images(p)
+        self._factor = scale.item()
         self._own_seen = [False] * p.N
         self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
         self._weighed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """G (N, P, K) in what the kernels multiply: the score dtype, or bfloat16 where the processor has a product."""
+        return self._given.to(torch.bfloat16 if self._p.bf16_products else self._p.score_dtype).contiguous()
+
+    @cached_property
+    def _own_scores(self) -> Tensor:
+        p = self._p
+        return torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
 
     def positives(self, images: slice) -> Tensor:
         return self._own_scores[images] if all(self._own_seen[images]) else super().positives(images)
@@ -66,10 +78,9 @@ class CpuTiles(TorchTiles):
             return None
         everything = slice(0, p.N)
         g, c = self._matrices(everything, everything)
-        keep = None if pointwise else self._keep(g, c, 0)
         return Scores(
             *_native.mean_loss.default(
-                g, c, p.estimator, p.clip or 0.0, p.P, p.L, kappa, *(keep or (None, None)), self._grad_h, self._grad_c
+                g, c, p.estimator, self._factor, p.clip or 0.0, p.P, p.L, kappa, self._grad_h, self._grad_c
             )
         )
 
@@ -126,14 +137,14 @@ class CpuTiles(TorchTiles):
 
     def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """Summaries (rows, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
-        return self._g[rows].flatten(0, 1), self._c[cols] if self._c.ndim == 3 else self._locals(cols)
+        return self._rows[rows].flatten(0, 1), self._c[cols] if self._c.ndim == 3 else self._locals(cols)
 
-    def _where(self, rows: slice, cols: slice) -> tuple[str, float, int, int, int, int]:
+    def _where(self, rows: slice, cols: slice) -> tuple[str, float, float, int, int, int, int]:
         p = self._p
-        return p.estimator, p.clip or 0.0, rows.start * p.P, cols.start * p.L, p.P, p.L
+        return p.estimator, self._factor, p.clip or 0.0, rows.start * p.P, cols.start * p.L, p.P, p.L
 
     def _pack(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The summaries as the kernels read them, packed once per row block."""
         if self._packed is None or self._packed[0] != rows:
-            self._packed = rows, _native.pack.default(self._g[rows].flatten(0, 1), self._p.needs_grad)
+            self._packed = rows, _native.pack.default(self._rows[rows].flatten(0, 1), self._factor, self._p.needs_grad)
         return self._packed[1]

@@ -5,6 +5,8 @@ Owns the scaled summaries, the staging of local features and the scratch tiles o
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,19 @@ class TorchTiles:
         p = plan.problem
         self._p, self._row, self._clip = p, p.row, p.clip
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
-        scaled = torch.empty(p.N, p.P, p.K, dtype=p.score_dtype, device=p.device)
-        self._g = scaled.copy_(g).mul_(scale.to(p.score_dtype))  # (N, P, K), one buffer whatever g's layout
+        self._given, self._scale = g, scale
         self._plan = plan
         self._buffers: dict[str, Tensor] = {}
         self._staging_images = plan.col_images
         self._staged: slice | None = None  # the images in the staging buffer
         self._kept: dict[int, Tensor] = {}
+
+    @cached_property
+    def _g(self) -> Tensor:
+        """scale * G, (N, P, K) in the score dtype: one buffer whatever the layout of G."""
+        p = self._p
+        scaled = torch.empty(p.N, p.P, p.K, dtype=p.score_dtype, device=p.device)
+        return scaled.copy_(self._given).mul_(self._scale.to(p.score_dtype))
 
     def positives(self, images: slice) -> Tensor:
         p = self._p

@@ -20,11 +20,39 @@ constexpr int kVectors = 2;  // vectors of a strip: kVectors * DK_ROWS accumulat
 template <class T>
 constexpr int kLanes = kVectors * Vector<T>::width;
 
-// out[i][j] (+)= sum_p a(i, p) * strip[p][j] for i < rows, j < lanes.
-template <class T, int rows, bool a_by_columns>
-DK_FN void micro(std::int64_t inner, const T* a, std::int64_t lda, const T* strip, T* out, std::int64_t ldo, bool add) {
+// What is multiplied at once: one number, or a pair of neighbouring inner indices that one instruction sums.
+template <class T, class X>
+struct Term {
   using V = typename Vector<T>::type;
-  constexpr int width = Vector<T>::width;
+  static constexpr int inner = 1;
+  static DK_FN T left(const X* a) { return *a; }
+  static DK_FN V right(const X* strip) { return *reinterpret_cast<const V*>(strip); }
+  static DK_FN V add(V sum, T a, V b) { return sum + a * b; }
+};
+#if defined(DK_BF16)
+template <>
+struct Term<float, BFloat16> {
+  using V = Vector<float>::type;
+  static constexpr int inner = 2;
+  static DK_FN __m512bh left(const BFloat16* a) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+  static DK_FN __m512bh right(const BFloat16* strip) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(strip)); }
+  static DK_FN V add(V sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+#endif
+template <class T, class X>
+constexpr std::int64_t kInner = Term<T, X>::inner;
+
+// out[i][j] (+)= sum_p a(i, p) * strip[p][j] for i < rows, j < lanes; `inner` counts terms, lda numbers. By columns,
+// the numbers of one term lie side by side.
+template <class T, class X, int rows, bool a_by_columns>
+DK_FN void micro(std::int64_t inner, const X* a, std::int64_t lda, const X* strip, T* out, std::int64_t ldo, bool add) {
+  using V = typename Vector<T>::type;
+  using Multiply = Term<T, X>;
+  constexpr int width = Vector<T>::width, n = Multiply::inner;
   V sum[rows][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
@@ -32,14 +60,14 @@ DK_FN void micro(std::int64_t inner, const T* a, std::int64_t lda, const T* stri
     for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
   }
   for (std::int64_t p = 0; p < inner; ++p) {
-    V b[kVectors];
+    decltype(Multiply::right(strip)) b[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = *reinterpret_cast<const V*>(strip + p * kLanes<T> + v * width);
+    for (int v = 0; v < kVectors; ++v) b[v] = Multiply::right(strip + (p * kLanes<T> + v * width) * n);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
-      const T x = a_by_columns ? a[p * lda + i] : a[i * lda + p];
+      const auto x = Multiply::left(a_by_columns ? a + p * lda + i * n : a + i * lda + p * n);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += x * b[v];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = Multiply::add(sum[i][v], x, b[v]);
     }
   }
 #pragma GCC unroll 16
@@ -53,20 +81,20 @@ DK_FN void micro(std::int64_t inner, const T* a, std::int64_t lda, const T* stri
 }
 
 // The same for any number of rows and for a strip of which only `columns` are real.
-template <class T, bool a_by_columns>
-void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const T* a, std::int64_t lda, const T* strip,
+template <bool a_by_columns, class T, class X>
+void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const X* a, std::int64_t lda, const X* strip,
              T* out, std::int64_t ldo, bool add) {
   T edge[DK_ROWS * kLanes<T>];
   std::int64_t i = 0;
   const auto step = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; i + n <= rows; i += n) {
-      const T* from = a + (a_by_columns ? i : i * lda);
+      const X* from = a + (a_by_columns ? i * kInner<T, X> : i * lda);
       if (columns == kLanes<T>) {
-        micro<T, n, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
+        micro<T, X, n, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
         continue;
       }
-      micro<T, n, a_by_columns>(inner, from, lda, strip, edge, kLanes<T>, false);
+      micro<T, X, n, a_by_columns>(inner, from, lda, strip, edge, kLanes<T>, false);
       for (int k = 0; k < n; ++k) {
         T* to = out + (i + k) * ldo;
         for (std::int64_t j = 0; j < columns; ++j) to[j] = (add ? to[j] : T(0)) + edge[k * kLanes<T> + j];
@@ -79,15 +107,22 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const 
   step(Count<1>{});
 }
 
-// Columns [first, first + columns) of a row-major matrix as a strip, padded with zeros.
-template <class T>
-void pack_strip(const T* from, std::int64_t ld, std::int64_t rows, std::int64_t columns, T* strip) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    T* to = strip + i * kLanes<T>;
-    if (columns == kLanes<T>) {
-      __builtin_memcpy(to, from + i * ld, sizeof(T) * kLanes<T>);
+// A row-major matrix (rows, columns) as a strip: terms of `inner` neighbouring rows, padded with zeros.
+template <int inner, std::int64_t lanes, class X>
+DK_FN void pack_strip(const X* from, std::int64_t ld, std::int64_t rows, std::int64_t columns, X* strip) {
+  for (std::int64_t i = 0; i < rows; i += inner) {
+    X* __restrict to = strip + i * lanes;
+    if (columns == lanes && i + inner <= rows) {
+      for (int j = 0; j < lanes; ++j) {
+#pragma GCC unroll 2
+        for (int k = 0; k < inner; ++k) to[j * inner + k] = from[(i + k) * ld + j];
+      }
     } else {
-      for (int j = 0; j < kLanes<T>; ++j) to[j] = j < columns ? from[i * ld + j] : T(0);
+      for (int j = 0; j < lanes; ++j) {
+        for (int k = 0; k < inner; ++k) {
+          to[j * inner + k] = j < columns && i + k < rows ? from[(i + k) * ld + j] : X{};
+        }
+      }
     }
   }
 }

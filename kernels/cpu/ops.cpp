@@ -23,11 +23,12 @@
 #include <vector>
 
 #include "finish.h"
-#include "tiles.h"
+#include "isas.h"
 
 namespace {
 
 using dimkern::Accumulate;
+using dimkern::BFloat16;
 using dimkern::Isa;
 using dimkern::Number;
 using dimkern::Pairs;
@@ -37,50 +38,30 @@ using torch::stable::Tensor;
 
 constexpr double kWorkWorthAThread = 2e6;  // multiply-adds; waking a thread costs about 10 microseconds
 
+// The candidate that DIMKERN_CPU_ISA names, or null.
+const dimkern::Candidate* asked_for() {
+  const char* wanted = std::getenv("DIMKERN_CPU_ISA");
+  for (const auto& candidate : dimkern::candidates()) {
+    if (wanted && std::strcmp(wanted, candidate.name) == 0) return &candidate;
+  }
+  return nullptr;
+}
+
+bool usable(const dimkern::Candidate& candidate) { return candidate.isa && candidate.runs_here; }
+
 const Isa& isa() {
-  static const Isa& chosen = [&]() -> const Isa& {
-    const char* wanted = std::getenv("DIMKERN_CPU_ISA");
-    const auto may = [&](const char* name) { return !wanted || std::strcmp(wanted, name) == 0; };
-#if defined(__x86_64__)
-    if (dimkern::isa_avx512() && may("avx512") && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return *dimkern::isa_avx512();
-    }
-    if (dimkern::isa_avx2() && may("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      return *dimkern::isa_avx2();
-    }
-#endif
-    return *dimkern::isa_generic();
+  static const Isa& chosen = []() -> const Isa& {
+    const auto& all = dimkern::candidates();
+    const dimkern::Candidate* asked = asked_for();
+    return *(asked && usable(*asked) ? *asked : *std::find_if(all.begin(), all.end(), usable)).isa;
   }();
   return chosen;
 }
 
-// The function table of a scalar type.
-template <class T>
-struct Functions {
-  static constexpr bool single = std::is_same_v<T, float>;
-  static std::int64_t lanes() { return single ? isa().lanes_f32 : isa().lanes_f64; }
-  static std::int64_t scratch() { return single ? isa().scratch_f32 : isa().scratch_f64; }
-  static auto pack() {
-    if constexpr (single)
-      return isa().pack_f32;
-    else
-      return isa().pack_f64;
-  }
-  static auto weigh() {
-    if constexpr (single)
-      return isa().weigh_f32;
-    else
-      return isa().weigh_f64;
-  }
-  static auto accumulate() {
-    if constexpr (single)
-      return isa().accumulate_f32;
-    else
-      return isa().accumulate_f64;
-  }
-};
+template <class T, class X>
+const dimkern::Kernels<T, X>& kernels() {
+  return isa().*dimkern::kernels_of<T, X>;
+}
 
 template <class T>
 T* data(const Tensor& x) {
@@ -93,8 +74,13 @@ T* data(const std::optional<Tensor>& x) {
 }
 
 template <class T>
+constexpr ScalarType kType = std::is_same_v<T, float>    ? ScalarType::Float
+                             : std::is_same_v<T, double> ? ScalarType::Double
+                                                         : ScalarType::BFloat16;
+
+template <class T>
 Tensor like(const Tensor& x, std::vector<std::int64_t> shape) {
-  return torch::stable::new_empty(x, shape, std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double);
+  return torch::stable::new_empty(x, shape, kType<T>);
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -125,25 +111,26 @@ struct Shares {
   }
 };
 
-// Local features (images, L, K), and how the kernels read them.
-template <class T>
+// Local features (images, L, K), and how the kernels read them as numbers of X.
+template <class X>
 struct Columns {
   std::int64_t M, K;
   dimkern::Source source;
-  bool matrix;  // read in place
+  bool matrix;           // read in place
+  std::int64_t staging;  // bytes that a thread needs beside the tiles' own
 
-  explicit Columns(const Tensor& c) {
+  Columns(const Tensor& c, std::int64_t inner) {
     STD_TORCH_CHECK(c.dim() == 3, "c (images, L, K) expected");
+    STD_TORCH_CHECK(c.scalar_type() == ScalarType::BFloat16 || (!std::is_same_v<X, BFloat16>),
+                    "c in bfloat16 expected, as g is");
     const std::int64_t images = c.size(0), L = c.size(1);
     M = images * L, K = c.size(2);
     source = {c.data_ptr(), number(c), c.stride(0), c.stride(1), c.stride(2)};
     const bool rows_merge = images == 1 || L == 1 || source.image == L * source.location;
-    const bool same = source.number == (std::is_same_v<T, float> ? Number::float32 : Number::float64);
-    matrix = same && rows_merge && (K == 1 || source.channel == 1);
+    matrix = c.scalar_type() == kType<X> && rows_merge && (K == 1 || source.channel == 1) && K % inner == 0;
+    staging = matrix ? 0 : isa().panel * (ceil_div(K, inner) * inner) * std::int64_t(sizeof(X));
   }
   std::int64_t row_stride(std::int64_t L) const { return L == 1 ? source.image : source.location; }
-  // Bytes a thread needs beside the tiles' own.
-  std::int64_t staging() const { return matrix ? 0 : isa().panel * K * std::int64_t(sizeof(T)); }
 
  private:
   static Number number(const Tensor& c) {
@@ -161,72 +148,85 @@ struct Columns {
   }
 };
 
-template <class T>
-Pairs<T> pairs_of(const std::string& estimator, const Tensor& g, const Columns<T>& c, const Tensor& by_row,
-                  const std::optional<Tensor>& by_channel, double clip, std::int64_t row0, std::int64_t col0,
-                  std::int64_t P, std::int64_t L) {
+// What is scored, and where it lies in the batch.
+template <class T, class X>
+Pairs<T, X> pairs_of(const std::string& estimator, const Tensor& g, const Columns<X>& c, const Tensor& by_row,
+                     const std::optional<Tensor>& by_channel, double scale, double clip, std::int64_t row0,
+                     std::int64_t col0, std::int64_t P, std::int64_t L) {
   STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == c.K && g.is_contiguous(), "contiguous g (R, K) expected");
   return {estimator.c_str(),
           g.size(0),
           c.M,
           c.K,
-          data<T>(g),
-          static_cast<const T*>(c.source.data),
+          data<X>(g),
+          static_cast<const X*>(c.source.data),
           c.row_stride(L),
           row0,
           col0,
           P,
           L,
           static_cast<T>(clip),
-          data<T>(by_row),
-          data<T>(by_channel),
+          static_cast<T>(scale),
+          data<X>(by_row),
+          data<X>(by_channel),
           c.matrix ? nullptr : &c.source};
 }
 
+// f(T, X) for what scores are made in and what the products read, which is what the summaries come as.
 template <class F>
-auto by_type(const Tensor& x, F f) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
-                  "float32 or float64 expected");
-  return x.scalar_type() == ScalarType::Float ? f(float{}) : f(double{});
+auto by_type(const Tensor& g, F f) {
+  if (g.scalar_type() == ScalarType::Double) return f(double{}, double{});
+  if (g.scalar_type() == ScalarType::Float) return f(float{}, float{});
+  STD_TORCH_CHECK(g.scalar_type() == ScalarType::BFloat16 && isa().bf16.pack,
+                  "summaries in float32 or float64 expected, or in bfloat16 where the processor multiplies it");
+  return f(float{}, BFloat16{});
 }
 
-std::tuple<Tensor, Tensor> pack(const Tensor& g, bool by_channel) {
-  return by_type(g, [&](auto type) -> std::tuple<Tensor, Tensor> {
-    using T = decltype(type);
-    const std::int64_t R = g.size(0), K = g.size(1), lanes = Functions<T>::lanes();
-    Tensor rows = like<T>(g, {ceil_div(R, lanes) * lanes * K});
-    Tensor channels = like<T>(g, {by_channel ? ceil_div(K, lanes) * lanes * R : 0});
-    Pairs<T> p{};
-    p.R = R, p.K = K, p.g = data<T>(g);
-    Functions<T>::pack()(p, data<T>(rows), by_channel ? data<T>(channels) : nullptr);
+std::tuple<Tensor, Tensor> pack(const Tensor& g, double scale, bool by_channel) {
+  return by_type(g, [&](auto score, auto product) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(score);
+    using X = decltype(product);
+    const auto& use = kernels<T, X>();
+    const auto terms = [&](std::int64_t n) { return ceil_div(n, use.inner) * use.inner; };
+    const std::int64_t R = g.size(0), K = g.size(1);
+    Tensor rows = like<X>(g, {ceil_div(R, use.lanes) * use.lanes * terms(K)});
+    Tensor channels = like<X>(g, {by_channel ? ceil_div(K, use.lanes) * use.lanes * terms(R) : 0});
+    Pairs<T, X> p{};
+    p.R = R, p.K = K, p.g = data<X>(g), p.scale = static_cast<T>(scale);
+    use.pack(p, data<X>(rows), by_channel ? data<X>(channels) : nullptr);
     return {rows, channels};
   });
 }
 
-// Elements that `weigh` keeps: (weights, panel references).
+// Numbers that `weigh` keeps: (weights, panel references).
 std::tuple<std::int64_t, std::int64_t> kept_sizes(const Tensor& g, std::int64_t M) {
-  const std::int64_t lanes = g.scalar_type() == ScalarType::Float ? isa().lanes_f32 : isa().lanes_f64;
-  const std::int64_t ld = ceil_div(g.size(0), lanes) * lanes;
-  const Shares shares(g.size(0), M, g.size(1));
-  return {M * ld, shares.count * shares.panels() * ld};
+  return by_type(g, [&](auto score, auto product) -> std::tuple<std::int64_t, std::int64_t> {
+    const std::int64_t lanes = kernels<decltype(score), decltype(product)>().lanes;
+    const std::int64_t ld = ceil_div(g.size(0), lanes) * lanes;
+    const Shares shares(g.size(0), M, g.size(1));
+    return {M * ld, shares.count * shares.panels() * ld};
+  });
 }
 
 std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor& by_row, std::string estimator,
-                                 double clip, std::int64_t row0, std::int64_t col0, std::int64_t P, std::int64_t L,
-                                 const Tensor& positives, std::optional<Tensor> keep, std::optional<Tensor> panel_ref) {
-  return by_type(g, [&](auto type) -> std::tuple<Tensor, Tensor> {
-    using T = decltype(type);
-    const Columns<T> columns(c);
-    const Pairs<T> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, clip, row0, col0, P, L);
+                                 double scale, double clip, std::int64_t row0, std::int64_t col0, std::int64_t P,
+                                 std::int64_t L, const Tensor& positives, std::optional<Tensor> keep,
+                                 std::optional<Tensor> panel_ref) {
+  return by_type(g, [&](auto score, auto product) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(score);
+    using X = decltype(product);
+    const auto& use = kernels<T, X>();
+    const Columns<X> columns(c, use.inner);
+    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, scale, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
     Tensor refs = like<T>(g, {shares.count, p.R}), sums = like<double>(g, {shares.count, p.R});
-    const std::int64_t bytes = Functions<T>::scratch() + columns.staging();  // of a thread
+    const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
     Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
     T* ref = data<T>(refs);
     double* sum = data<double>(sums);
     shares.parallel([&](std::int64_t i, Share share) {
       const Weigh<T> w{data<T>(keep), data<T>(panel_ref), ref + i * p.R, sum + i * p.R, data<T>(positives)};
-      Functions<T>::weigh()(p, w, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
+      use.weigh(p, w, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
     Tensor ref_all = like<T>(g, {p.R}), sum_all = like<double>(g, {p.R});
     for (std::int64_t r = 0; r < p.R; ++r) {
@@ -248,18 +248,20 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor&
 }
 
 Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const Tensor& by_channel,
-                  std::string estimator, double clip, std::int64_t row0, std::int64_t col0, std::int64_t P,
-                  std::int64_t L, std::optional<Tensor> keep, std::optional<Tensor> panel_ref,
+                  std::string estimator, double scale, double clip, std::int64_t row0, std::int64_t col0,
+                  std::int64_t P, std::int64_t L, std::optional<Tensor> keep, std::optional<Tensor> panel_ref,
                   std::optional<Tensor> ref, const Tensor& alpha, std::optional<Tensor> own,
                   std::optional<Tensor> positives, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
                   bool add_h, bool add_c, double own_each) {
-  return by_type(g, [&](auto type) -> Tensor {
-    using T = decltype(type);
-    const Columns<T> columns(c);
-    const Pairs<T> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, clip, row0, col0, P, L);
+  return by_type(g, [&](auto score, auto product) -> Tensor {
+    using T = decltype(score);
+    using X = decltype(product);
+    const auto& use = kernels<T, X>();
+    const Columns<X> columns(c, use.inner);
+    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, scale, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
     Tensor sums = like<double>(g, {shares.count, p.R});
-    const std::int64_t bytes = Functions<T>::scratch() + columns.staging();  // of a thread
+    const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
     Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
     const std::int64_t size = p.R * p.K;
     Tensor partial = like<T>(g, {grad_h.has_value() ? (shares.count - 1) * size : 0});
@@ -278,7 +280,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                       static_cast<T>(own_each),
                       data<double>(sums) + i * p.R};
       if (whole && i > 0) a.grad_h = data<T>(partial) + (i - 1) * size;
-      Functions<T>::accumulate()(p, a, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
+      use.accumulate(p, a, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
     if (whole && shares.count > 1) {
       torch::stable::parallel_for(0, size, 1 << 14, [&](std::int64_t begin, std::int64_t end) {
@@ -298,43 +300,6 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
   });
 }
 
-// The whole of a batch in one call: statistics, finish and both gradients of the mean loss. Returns the own-image
-// scores (N, P, L) and each row's negative term (N, P).
-std::tuple<Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double clip,
-                                     std::int64_t P, std::int64_t L, double kappa, std::optional<Tensor> keep,
-                                     std::optional<Tensor> panel_ref, std::optional<Tensor> grad_h,
-                                     std::optional<Tensor> grad_c) {
-  return by_type(g, [&](auto type) -> std::tuple<Tensor, Tensor> {
-    using T = decltype(type);
-    const dimkern::Batch batch{g.size(0) / P, P, L, kappa};
-    const std::int64_t R = batch.rows();
-    const auto [by_row, by_channel] = pack(g, true);
-    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<double>(g, {batch.N, P});
-    Tensor alpha = like<T>(g, {R});
-    double* negative = data<double>(negatives);
-    const Tensor &rows = by_row, &channels = by_channel;
-    const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
-      using E = decltype(row);
-      if constexpr (E::family == dimkern::Family::pointwise) {
-        std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
-        const Tensor sums =
-            accumulate(g, c, rows, channels, estimator, clip, 0, 0, P, L, std::nullopt, std::nullopt, std::nullopt,
-                       alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
-        for (std::int64_t r = 0; r < R; ++r) negative[r] = data<double>(sums)[r] / batch.negatives();
-      } else {
-        const auto [ref, sums] = weigh(g, c, rows, estimator, clip, 0, 0, P, L, positives, keep, panel_ref);
-        Tensor own = like<T>(g, {batch.N, P, L});
-        dimkern::finish<E>(batch, data<T>(ref), data<double>(sums), data<T>(positives), negative, data<T>(alpha),
-                           data<T>(own));
-        accumulate(g, c, rows, channels, estimator, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own, positives,
-                   grad_h, grad_c, false, false, 0.0);
-      }
-    });
-    STD_TORCH_CHECK(known, "unknown estimator");
-    return {positives, negatives};
-  });
-}
-
 // Ask for huge pages under a large fresh tensor, whose first touch is mostly page faults otherwise: 8 to 25 % of a
 // whole loss from N=64, L=64, K=512 on. A small one shares its pages with others and gains nothing.
 void advise(const Tensor& x) {
@@ -347,31 +312,87 @@ void advise(const Tensor& x) {
 #endif
 }
 
-// What was built, and what was chosen.
-std::string isas() {
-  std::string built = "generic";
-  if (dimkern::isa_avx2()) built += " avx2";
-  if (dimkern::isa_avx512()) built += " avx512";
-  return built + "; " + isa().name;
+// The whole of a batch in one call: statistics, finish and both gradients of the mean loss. Returns the own-image
+// scores (N, P, L) and each row's negative term (N, P).
+std::tuple<Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double scale, double clip,
+                                     std::int64_t P, std::int64_t L, double kappa, std::optional<Tensor> grad_h,
+                                     std::optional<Tensor> grad_c) {
+  return by_type(g, [&](auto score, auto) -> std::tuple<Tensor, Tensor> {
+    using T = decltype(score);
+    const dimkern::Batch batch{g.size(0) / P, P, L, kappa};
+    const std::int64_t R = batch.rows();
+    const auto [by_row, by_channel] = pack(g, scale, grad_c.has_value());
+    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<double>(g, {batch.N, P});
+    Tensor alpha = like<T>(g, {R});
+    double* negative = data<double>(negatives);
+    const Tensor &rows = by_row, &channels = by_channel;
+    const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
+      using E = decltype(row);
+      if constexpr (E::family == dimkern::Family::pointwise) {
+        std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
+        const Tensor sums =
+            accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, std::nullopt, std::nullopt,
+                       std::nullopt, alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
+        for (std::int64_t r = 0; r < R; ++r) negative[r] = data<double>(sums)[r] / batch.negatives();
+      } else {
+        const auto [kept, panels] = kept_sizes(g, batch.N * L);
+        const Tensor keep = like<T>(g, {kept}), panel_ref = like<T>(g, {panels});
+        advise(keep);
+        const auto [ref, sums] = weigh(g, c, rows, estimator, scale, clip, 0, 0, P, L, positives, keep, panel_ref);
+        Tensor own = like<T>(g, {batch.N, P, L});
+        dimkern::finish<E>(batch, data<T>(ref), data<double>(sums), data<T>(positives), negative, data<T>(alpha),
+                           data<T>(own));
+        accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own,
+                   positives, grad_h, grad_c, false, false, 0.0);
+      }
+    });
+    STD_TORCH_CHECK(known, "unknown estimator");
+    return {positives, negatives};
+  });
 }
+
+// What was built, what runs here and what was chosen, and why: "name: what became of it", one a line, the fastest
+// first.
+std::string isas() {
+  const char* wanted = std::getenv("DIMKERN_CPU_ISA");
+  const dimkern::Candidate* asked = asked_for();
+  std::string lines;
+  for (const auto& candidate : dimkern::candidates()) {
+    std::string fate = !candidate.isa         ? "not built, the compiler does not know it"
+                       : !candidate.runs_here ? "built; this processor lacks it"
+                                              : "built, and runs here";
+    if (candidate.isa == &isa())
+      fate = asked == &candidate ? "chosen by DIMKERN_CPU_ISA" : "chosen, the fastest that runs here";
+    lines += candidate.name + (": " + fate) + "\n";
+  }
+  if (wanted && !(asked && usable(*asked)))
+    lines += std::string("DIMKERN_CPU_ISA: ") + wanted + " is none that runs here\n";
+  return lines;
+}
+
+// Whether summaries and local features in bfloat16 are multiplied as they are.
+bool multiplies_bf16() { return isa().bf16.pack != nullptr; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
-  m.def("pack(Tensor g, bool by_channel) -> (Tensor, Tensor)");
+  m.def("pack(Tensor g, float scale, bool by_channel) -> (Tensor, Tensor)");
   m.def("kept_sizes(Tensor g, int M) -> (int, int)");
   m.def(
-      "weigh(Tensor g, Tensor c, Tensor by_row, str estimator, float clip, int row0, int col0, int P, int L,"
-      " Tensor(a!) positives, Tensor(b!)? keep, Tensor(c!)? panel_ref) -> (Tensor, Tensor)");
+      "weigh(Tensor g, Tensor c, Tensor by_row, str estimator, float scale, float clip, int row0, int col0, int P,"
+      " int L, Tensor(a!) positives, Tensor(b!)? keep, Tensor(c!)? panel_ref) -> (Tensor, Tensor)");
   m.def(
-      "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float clip, int row0, int col0,"
-      " int P, int L, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? positives,"
+      "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float scale, float clip, int "
+      "row0,"
+      " int col0, int P, int L, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? "
+      "positives,"
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.) -> Tensor");
   m.def(
-      "mean_loss(Tensor g, Tensor c, str estimator, float clip, int P, int L, float kappa, Tensor(a!)? keep,"
-      " Tensor(b!)? panel_ref, Tensor(c!)? grad_h, Tensor(d!)? grad_c) -> (Tensor, Tensor)");
+      "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, int P, int L, float kappa,"
+      " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor)");
   m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
+  m.def("multiplies_bf16() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
@@ -382,4 +403,5 @@ STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
   m.impl("mean_loss", TORCH_BOX(&mean_loss));
   m.impl("advise", TORCH_BOX(&advise));
   m.impl("isas", TORCH_BOX(&isas));
+  m.impl("multiplies_bf16", TORCH_BOX(&multiplies_bf16));
 }

@@ -11,6 +11,13 @@ namespace dimkern {
 
 enum class Number { float64, float32, bfloat16, float16 };
 
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
 // Local features (images, L, K) with any strides, of any type: panels of columns are staged from them.
 struct Source {
   const void* data;
@@ -18,20 +25,22 @@ struct Source {
   std::int64_t image, location, channel;  // strides, in numbers
 };
 
-// A block of rows against a block of columns.
-template <class T>
+// A block of rows against a block of columns: T is what scores and sums are made in, X what the products read. Where X
+// is BFloat16 a product multiplies pairs of neighbouring inner indices, and packed strips hold such pairs.
+template <class T, class X = T>
 struct Pairs {
   const char* estimator;
   std::int64_t R, M, K;
-  const T* g;  // (R, K) scaled summaries
-  const T* c;  // (M, K) local features, row stride ldc; unused where there is a source
+  const X* g;  // (R, K) summaries
+  const X* c;  // (M, K) local features, row stride ldc; unused where there is a source
   std::int64_t ldc;
-  std::int64_t row0, col0;         // index of the first row and column in the batch
-  std::int64_t P, L;               // summaries and locations of one image: row r and column c are own if r / P == c / L
-  T clip;                          // the soft clip's t, or 0
-  const T* g_by_row;               // g packed for the score: strips of `lanes` rows, (K, lanes) each
-  const T* g_by_channel;           // g packed for the gradient of c: strips of `lanes` channels, (R, lanes) each
-  const Source* source = nullptr;  // where c is no matrix of T
+  std::int64_t row0, col0;  // index of the first row and column in the batch
+  std::int64_t P, L;        // summaries and locations of one image: row r and column c are own if r / P == c / L
+  T clip;                   // the soft clip's t, or 0
+  T scale;                  // of the scores
+  const X* g_by_row;        // g packed for the score: strips of `lanes` rows, (K, lanes) each
+  const X* g_by_channel;    // scale * g packed for the gradient of c: strips of `lanes` channels, (R, lanes) each
+  const Source* source = nullptr;  // where c is no matrix of X
 };
 
 // score + map for the statistics of columns [begin, end), kept where `keep` is given.
@@ -62,31 +71,37 @@ struct Accumulate {
 
 // The code for one instruction set. begin and end are columns of the block; panel0 is the index that the panel at
 // `begin` has in panel_ref.
-template <class T>
-using WeighFunction = void(const Pairs<T>&, const Weigh<T>&, std::int64_t begin, std::int64_t end, std::int64_t panel0,
-                           void* scratch);
-template <class T>
-using AccumulateFunction = void(const Pairs<T>&, const Accumulate<T>&, std::int64_t begin, std::int64_t end,
-                                std::int64_t panel0, void* scratch);
-template <class T>
-using PackFunction = void(const Pairs<T>&, T* by_row, T* by_channel);
+template <class T, class X = T>
+struct Kernels {
+  std::int64_t lanes;    // width of a packed strip; padded R is a multiple of it
+  std::int64_t inner;    // neighbouring inner indices in a packed strip: the inner size is padded to a multiple
+  std::int64_t scratch;  // bytes that one thread needs
+  void (*pack)(const Pairs<T, X>&, X* by_row, X* by_channel) = nullptr;
+  void (*weigh)(const Pairs<T, X>&, const Weigh<T>&, std::int64_t begin, std::int64_t end, std::int64_t panel0,
+                void* scratch) = nullptr;
+  void (*accumulate)(const Pairs<T, X>&, const Accumulate<T>&, std::int64_t begin, std::int64_t end,
+                     std::int64_t panel0, void* scratch) = nullptr;
+};
 
 struct Isa {
   const char* name;
-  std::int64_t lanes_f32, lanes_f64;      // width of a packed strip; padded R is a multiple of it
-  std::int64_t panel;                     // columns of a panel
-  std::int64_t scratch_f32, scratch_f64;  // bytes that one thread needs
-  PackFunction<float>* pack_f32;
-  PackFunction<double>* pack_f64;
-  WeighFunction<float>* weigh_f32;
-  WeighFunction<double>* weigh_f64;
-  AccumulateFunction<float>* accumulate_f32;
-  AccumulateFunction<double>* accumulate_f64;
+  std::int64_t panel;  // columns of a panel
+  Kernels<double> f64;
+  Kernels<float> f32;
+  Kernels<float, BFloat16> bf16;  // without functions where there is no instruction for it
 };
+
+template <class T, class X>
+constexpr auto kernels_of = &Isa::f64;
+template <>
+inline constexpr auto kernels_of<float, float> = &Isa::f32;
+template <>
+inline constexpr auto kernels_of<float, BFloat16> = &Isa::bf16;
 
 // Null where it was not built.
 const Isa* isa_generic();
 const Isa* isa_avx2();
 const Isa* isa_avx512();
+const Isa* isa_avx512_bf16();
 
 }  // namespace dimkern

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(DK_BF16)
+#include <immintrin.h>
+#endif
+
 #include "dimkern/estimators.h"
 #include "tiles.h"
 
@@ -21,7 +25,8 @@ struct Count {
 #include "gemm.inc.h"
 
 constexpr std::int64_t kPanel = 20 * DK_ROWS;  // columns; with kRowBlock a tile fills about half of a core's L2
-constexpr std::int64_t kRowBlock = 512;
+template <class T, class X>
+constexpr std::int64_t kRowBlock = std::is_same_v<T, X> ? 512 : 256;  // a tile of T and two of X
 struct Pointwise {};
 struct LogSumExp {};
 template <bool pointwise>
@@ -32,19 +37,24 @@ constexpr int kSumGroup = 16;  // float sums longer than this are made in two le
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-template <class T>
+template <class T, class X>
 struct Scratch {
-  T *tile, *strip, *ref, *gain, *group, *total, *staging;
+  static constexpr std::int64_t size = kPanel * kRowBlock<T, X>, sums = kRowBlock<T, X>, narrow = kInner<T, X> - 1;
+  T *tile, *ref, *gain, *group, *total;
+  X *strip, *by_row, *by_column, *staging;
   explicit Scratch(void* memory) {
     tile = static_cast<T*>(memory);
-    strip = tile + kPanel * kRowBlock;
-    ref = strip + kPanel * kLanes<T>;
-    gain = ref + kRowBlock;
-    group = gain + kRowBlock;
-    total = group + kRowBlock;
-    staging = total + kRowBlock;  // (kPanel, K) where there is a source
+    ref = tile + size;
+    gain = ref + sums;
+    group = gain + sums;
+    total = group + sums;
+    strip = reinterpret_cast<X*>(total + sums);
+    by_row = strip + kPanel * kLanes<T>;  // the tile's weights as the products read them; the tile itself where X is T
+    by_column = by_row + narrow * size;
+    staging = by_column + narrow * size;  // (kPanel, K) where there is a source
   }
-  static constexpr std::int64_t bytes = (kPanel * (kRowBlock + kLanes<T>)+4 * kRowBlock) * sizeof(T);
+  static constexpr std::int64_t bytes =
+      (size + 4 * sums) * sizeof(T) + (kPanel * kLanes<T> + 2 * narrow * size) * sizeof(X);
 };
 
 // Columns [col, col + cols) of the block against its rows [row, row + rows).
@@ -52,9 +62,9 @@ struct Tile {
   std::int64_t col, cols, row, rows, lanes;  // lanes: rows padded to whole strips
 };
 
-template <class T>
-Tile tile_at(const Pairs<T>& p, std::int64_t col, std::int64_t end, std::int64_t row) {
-  const std::int64_t rows = least(kRowBlock, p.R - row);
+template <class T, class X>
+Tile tile_at(const Pairs<T, X>& p, std::int64_t col, std::int64_t end, std::int64_t row) {
+  const std::int64_t rows = least(kRowBlock<T, X>, p.R - row);
   return {col, least(kPanel, end - col), row, rows, padded(rows, kLanes<T>)};
 }
 
@@ -65,8 +75,8 @@ struct Own {
   DK_FN bool has(int r) const { return static_cast<unsigned>(r - first) < static_cast<unsigned>(count); }
 };
 
-template <class T>
-DK_FN Own own_rows(const Pairs<T>& p, const Tile& t, std::int64_t c) {
+template <class T, class X>
+DK_FN Own own_rows(const Pairs<T, X>& p, const Tile& t, std::int64_t c) {
   const std::int64_t column = p.col0 + t.col + c, image = column / p.L;
   const std::int64_t first = image * p.P - p.row0 - t.row;
   if (first >= t.rows || first + p.P <= 0) return {0, 0, 0};
@@ -74,8 +84,8 @@ DK_FN Own own_rows(const Pairs<T>& p, const Tile& t, std::int64_t c) {
 }
 
 // Calls visit(entry of the tile, index into (image, P, L)) for every own-image pair of column c.
-template <class T, class Visit>
-DK_FN void each_own(const Pairs<T>& p, const Tile& t, std::int64_t c, T* column, Visit visit) {
+template <class T, class X, class Visit>
+DK_FN void each_own(const Pairs<T, X>& p, const Tile& t, std::int64_t c, T* column, Visit visit) {
   const Own own = own_rows(p, t, c);
   for (int q = own.first < 0 ? -own.first : 0; q < own.count && own.first + q < t.rows; ++q) {
     visit(column[own.first + q], own.index + q * p.L);
@@ -113,12 +123,6 @@ template <class T>
 DK_FN T widened(float x) {
   return static_cast<T>(x);
 }
-struct BFloat16 {
-  std::uint16_t bits;
-};
-struct Float16 {
-  std::uint16_t bits;
-};
 template <class T>
 DK_FN T widened(BFloat16 x) {
   return static_cast<T>(detail::bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16));
@@ -132,20 +136,35 @@ DK_FN T widened(Float16 x) {
   return static_cast<T>(detail::bits_as<float>(bits | static_cast<std::uint32_t>(x.bits & 0x8000) << 16));
 }
 
-// Columns [col, col + cols) of the source as a matrix (cols, K).
-template <class T, class From>
-void stage(const Pairs<T>& p, std::int64_t col, std::int64_t cols, T* __restrict panel) {
+#if defined(DK_BF16)
+template <>
+DK_FN BFloat16 widened<BFloat16>(BFloat16 x) {
+  return x;
+}
+#endif
+
+// Channels of a row that is read term by term.
+template <class T, class X>
+DK_FN std::int64_t padded_channels(const Pairs<T, X>& p) {
+  return padded(p.K, kInner<T, X>);
+}
+
+// Columns [col, col + cols) of the source as a matrix (cols, padded K).
+template <class From, class T, class X>
+void stage(const Pairs<T, X>& p, std::int64_t col, std::int64_t cols, X* __restrict panel) {
   const Source& source = *p.source;
+  const std::int64_t ld = padded_channels(p);
   constexpr std::int64_t line = 16;  // channels written at a time, while neighbouring locations are read
   for (std::int64_t begin = 0, count; begin < cols; begin += count) {
     const std::int64_t location = (col + begin) % p.L;
     count = least(cols - begin, p.L - location);  // of one image
     const From* __restrict from =
         static_cast<const From*>(source.data) + (col + begin) / p.L * source.image + location * source.location;
-    T* __restrict to = panel + begin * p.K;
+    X* __restrict to = panel + begin * ld;
+    for (std::int64_t l = 0; ld > p.K && l < count; ++l) to[l * ld + p.K] = X{};
     if (source.channel == 1) {
       for (std::int64_t l = 0; l < count; ++l) {
-        for (std::int64_t k = 0; k < p.K; ++k) to[l * p.K + k] = widened<T>(from[l * source.location + k]);
+        for (std::int64_t k = 0; k < p.K; ++k) to[l * ld + k] = widened<X>(from[l * source.location + k]);
       }
       continue;
     }
@@ -153,52 +172,62 @@ void stage(const Pairs<T>& p, std::int64_t col, std::int64_t cols, T* __restrict
     for (; k + line <= p.K; k += line) {
       for (std::int64_t l = 0; l < count; ++l) {
         const From* x = from + l * source.location + k * source.channel;
-        for (std::int64_t i = 0; i < line; ++i) to[l * p.K + k + i] = widened<T>(x[i * source.channel]);
+        for (std::int64_t i = 0; i < line; ++i) to[l * ld + k + i] = widened<X>(x[i * source.channel]);
       }
     }
     for (std::int64_t l = 0; l < count; ++l) {
       for (std::int64_t i = k; i < p.K; ++i)
-        to[l * p.K + i] = widened<T>(from[l * source.location + i * source.channel]);
+        to[l * ld + i] = widened<X>(from[l * source.location + i * source.channel]);
     }
   }
 }
 
 // A panel's columns as a matrix, in place or staged.
-template <class T>
+template <class X>
 struct Panel {
-  const T* c;
+  const X* c;
   std::int64_t ld;
 };
 
-template <class T>
-Panel<T> panel_at(const Pairs<T>& p, std::int64_t col, std::int64_t cols, T* staging) {
+template <class T, class X>
+Panel<X> panel_at(const Pairs<T, X>& p, std::int64_t col, std::int64_t cols, X* staging) {
   if (!p.source) return {p.c + col * p.ldc, p.ldc};
-  switch (p.source->number) {
-    case Number::float64:
-      stage<T, double>(p, col, cols, staging);
-      break;
-    case Number::float32:
-      stage<T, float>(p, col, cols, staging);
-      break;
-    case Number::bfloat16:
-      stage<T, BFloat16>(p, col, cols, staging);
-      break;
-    case Number::float16:
-      stage<T, Float16>(p, col, cols, staging);
-      break;
+  if constexpr (std::is_same_v<T, X>) {
+    switch (p.source->number) {
+      case Number::float64:
+        stage<double>(p, col, cols, staging);
+        break;
+      case Number::float32:
+        stage<float>(p, col, cols, staging);
+        break;
+      case Number::bfloat16:
+        stage<BFloat16>(p, col, cols, staging);
+        break;
+      case Number::float16:
+        stage<Float16>(p, col, cols, staging);
+        break;
+    }
+  } else {
+    stage<X>(p, col, cols, staging);
   }
-  return {staging, p.K};
+  return {staging, padded_channels(p)};
 }
 
-template <class T>
-void score(const Pairs<T>& p, const Tile& t, const Panel<T>& panel, T* tile) {
+template <class T, class X>
+void score(const Pairs<T, X>& p, const Tile& t, const Panel<X>& panel, T* tile) {
+  const std::int64_t K = padded_channels(p);
   for (std::int64_t r = 0; r < t.rows; r += kLanes<T>) {
-    product<T, false>(t.cols, kLanes<T>, p.K, panel.c, panel.ld, p.g_by_row + (t.row + r) * p.K, tile + r, kRowBlock,
-                      false);
+    product<false>(t.cols, kLanes<T>, K / kInner<T, X>, panel.c, panel.ld, p.g_by_row + (t.row + r) * K, tile + r,
+                   kRowBlock<T, X>, false);
+  }
+  if (!std::is_same_v<T, X> && p.scale != T(1)) {
+    for (std::int64_t c = 0; c < t.cols; ++c) {
+      for (std::int64_t r = 0; r < t.lanes; ++r) tile[c * kRowBlock<T, X> + r] *= p.scale;
+    }
   }
   if (p.clip == T(0)) return;
   for (std::int64_t c = 0; c < t.cols; ++c) {
-    T* x = tile + c * kRowBlock;
+    T* x = tile + c * kRowBlock<T, X>;
     for (std::int64_t r = 0; r < t.lanes; ++r) x[r] = p.clip * tanh(x[r] / p.clip);
   }
 }
@@ -210,19 +239,19 @@ DK_FN T finite(T ref) {
 }
 
 // The largest score of each row, raw in `raw` and finite in `ref`; own-image pairs hold -inf by now.
-template <class T>
+template <class X, class T>
 void reference(const Tile& t, const T* tile, T* __restrict raw, T* __restrict ref) {
   for (std::int64_t r = 0; r < t.lanes; ++r) raw[r] = tile[r];
   for (std::int64_t c = 1; c < t.cols; ++c) {
-    const T* x = tile + c * kRowBlock;
+    const T* x = tile + c * kRowBlock<T, X>;
     for (std::int64_t r = 0; r < t.lanes; ++r) raw[r] = x[r] > raw[r] ? x[r] : raw[r];
   }
   for (std::int64_t r = 0; r < t.lanes; ++r) ref[r] = finite(raw[r]);
 }
 
 // s.total[r] = the sum over the tile's columns of what column(c, sum) adds to sum[r], in two levels of few terms.
-template <class T, class Column>
-DK_FN void sum_columns(const Tile& t, const Scratch<T>& s, Column column) {
+template <class T, class X, class Column>
+DK_FN void sum_columns(const Tile& t, const Scratch<T, X>& s, Column column) {
   for (std::int64_t r = 0; r < t.lanes; ++r) s.total[r] = T(0);
   for (std::int64_t start = 0; start < t.cols; start += kSumGroup) {
     for (std::int64_t r = 0; r < t.lanes; ++r) s.group[r] = T(0);
@@ -232,10 +261,11 @@ DK_FN void sum_columns(const Tile& t, const Scratch<T>& s, Column column) {
 }
 
 // Pointwise estimators: sums of psi.
-template <class E, class T>
-void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scratch<T>& s, std::int64_t, Pointwise) {
+template <class E, class T, class X>
+void weigh_tile(const Pairs<T, X>& p, const Weigh<T>& w, const Tile& t, const Scratch<T, X>& s, std::int64_t,
+                Pointwise) {
   sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
-    const T* __restrict x = s.tile + c * kRowBlock;
+    const T* __restrict x = s.tile + c * kRowBlock<T, X>;
     const Own own = own_rows(p, t, c);
     for (int r = 0; r < t.lanes; ++r) sum[r] += own.has(r) ? T(0) : E::psi(x[r], T(0));
   });
@@ -243,18 +273,18 @@ void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scrat
 }
 
 // Log-sum-exp estimators: weights relative to the panel's largest score, and their sums.
-template <class E, class T>
-void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scratch<T>& s, std::int64_t panel,
+template <class E, class T, class X>
+void weigh_tile(const Pairs<T, X>& p, const Weigh<T>& w, const Tile& t, const Scratch<T, X>& s, std::int64_t panel,
                 LogSumExp) {
   static_assert(E::shares_map, "the kept weight is also what is summed");
   const std::int64_t ld = padded(p.R, kLanes<T>);
   for (std::int64_t c = 0; c < t.cols; ++c) {
-    each_own(p, t, c, s.tile + c * kRowBlock, [](T& x, std::int64_t) { x = T(-__builtin_inf()); });
+    each_own(p, t, c, s.tile + c * kRowBlock<T, X>, [](T& x, std::int64_t) { x = T(-__builtin_inf()); });
   }
   T* raw = w.keep ? w.panel_ref + panel * ld + t.row : s.gain;
-  reference(t, s.tile, raw, s.ref);
+  reference<X>(t, s.tile, raw, s.ref);
   sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
-    T* __restrict x = s.tile + c * kRowBlock;
+    T* __restrict x = s.tile + c * kRowBlock<T, X>;
     const T* __restrict ref = s.ref;
     if (!w.keep) {
       for (int r = 0; r < t.lanes; ++r) sum[r] += E::psi(x[r], ref[r]);
@@ -281,18 +311,18 @@ void weigh_tile(const Pairs<T>& p, const Weigh<T>& w, const Tile& t, const Scrat
   }
 }
 
-template <class T>
-void weigh(const Pairs<T>& p, const Weigh<T>& w, std::int64_t begin, std::int64_t end, std::int64_t panel,
+template <class T, class X>
+void weigh(const Pairs<T, X>& p, const Weigh<T>& w, std::int64_t begin, std::int64_t end, std::int64_t panel,
            void* memory) {
-  const Scratch<T> s(memory);
+  const Scratch<T, X> s(memory);
   for (std::int64_t r = 0; r < p.R; ++r) w.ref[r] = T(-__builtin_inf()), w.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
-    const Panel<T> columns = panel_at(p, col, least(kPanel, end - col), s.staging);
-    for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
+    const Panel<X> columns = panel_at(p, col, least(kPanel, end - col), s.staging);
+    for (std::int64_t row = 0; row < p.R; row += kRowBlock<T, X>) {
       const Tile t = tile_at(p, col, end, row);
       score(p, t, columns, s.tile);
       for (std::int64_t c = 0; c < t.cols; ++c) {
-        each_own(p, t, c, s.tile + c * kRowBlock, [&](T& x, std::int64_t own) { w.positives[own] = x; });
+        each_own(p, t, c, s.tile + c * kRowBlock<T, X>, [&](T& x, std::int64_t own) { w.positives[own] = x; });
       }
       with_estimator(p.estimator, [&](auto estimator) {
         using E = decltype(estimator);
@@ -303,8 +333,9 @@ void weigh(const Pairs<T>& p, const Weigh<T>& w, std::int64_t begin, std::int64_
 }
 
 // The final weights of a tile whose unscaled ones were kept.
-template <class T>
-void take_kept(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T>& s, std::int64_t panel) {
+template <class T, class X>
+void take_kept(const Pairs<T, X>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T, X>& s,
+               std::int64_t panel) {
   const std::int64_t ld = padded(p.R, kLanes<T>);
   const T* panel_ref = a.panel_ref + panel * ld + t.row;
   for (std::int64_t r = 0; r < t.lanes; ++r) {
@@ -313,7 +344,7 @@ void take_kept(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const S
   for (std::int64_t c = 0; c < t.cols; ++c) {
     const T* __restrict kept = a.keep + (t.col + c) * ld + t.row;
     const T* __restrict gain = s.gain;
-    T* __restrict x = s.tile + c * kRowBlock;
+    T* __restrict x = s.tile + c * kRowBlock<T, X>;
     for (std::int64_t r = 0; r < t.lanes; ++r) x[r] = kept[r] * gain[r];
     each_own(p, t, c, x, [&](T& entry, std::int64_t own) {
       entry = a.own ? a.own[own - p.row0 * p.L] * slope(a.positives[own], p.clip) : T(0);
@@ -322,14 +353,14 @@ void take_kept(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const S
 }
 
 // The final weights of a tile, scored again or for the first time, with alpha known; sums of psi on the way.
-template <class E, class T>
-void map_known(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T>& s) {
+template <class E, class T, class X>
+void map_known(const Pairs<T, X>& p, const Accumulate<T>& a, const Tile& t, const Scratch<T, X>& s) {
   for (std::int64_t r = 0; r < t.lanes; ++r) {
     s.gain[r] = r < t.rows ? a.alpha[t.row + r] : T(0);
     s.ref[r] = a.ref && r < t.rows ? a.ref[t.row + r] : T(0);
   }
   sum_columns(t, s, [&](std::int64_t c, T* __restrict sum) {
-    T* __restrict x = s.tile + c * kRowBlock;
+    T* __restrict x = s.tile + c * kRowBlock<T, X>;
     const T* __restrict ref = s.ref;
     const T* __restrict gain = s.gain;
     const Own own = own_rows(p, t, c);
@@ -355,15 +386,50 @@ void map_known(const Pairs<T>& p, const Accumulate<T>& a, const Tile& t, const S
   for (std::int64_t r = 0; r < t.rows; ++r) a.sum[t.row + r] += double(s.total[r]);
 }
 
+// The weights as the products read them: terms along the rows, and along the columns.
+template <class T, class X>
+struct Weights {
+  const X *by_row, *by_column;
+  std::int64_t ld_by_row, ld_by_column;
+};
+
 template <class T>
-void accumulate(const Pairs<T>& p, const Accumulate<T>& a, std::int64_t begin, std::int64_t end, std::int64_t panel,
+Weights<T, T> weights(const Tile&, const Scratch<T, T>& s) {
+  return {s.tile, s.tile, kRowBlock<T, T>, kRowBlock<T, T>};
+}
+
+#if defined(DK_BF16)
+// bfloat16 has float32's exponents, so a small weight is rounded but never lost.
+inline Weights<float, BFloat16> weights(const Tile& t, const Scratch<float, BFloat16>& s) {
+  constexpr std::int64_t ld = kRowBlock<float, BFloat16>;
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (std::int64_t c = 0; c < t.cols; c += 2) {
+    const bool both = c + 1 < t.cols;
+    for (std::int64_t r = 0; r < t.lanes; r += 16) {
+      const __m512 x = _mm512_loadu_ps(s.tile + c * ld + r);
+      const __m512 y = both ? _mm512_loadu_ps(s.tile + (c + 1) * ld + r) : _mm512_setzero_ps();
+      const __m256bh x_rounded = _mm512_cvtneps_pbh(x), y_rounded = _mm512_cvtneps_pbh(y);
+      __builtin_memcpy(s.by_row + c * ld + r, &x_rounded, sizeof x_rounded);
+      if (both) __builtin_memcpy(s.by_row + (c + 1) * ld + r, &y_rounded, sizeof y_rounded);
+      const __m512i pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
+      _mm512_storeu_si512(s.by_column + c * ld + 2 * r, _mm512_permutexvar_epi16(interleaved, pairs));
+    }
+  }
+  return {s.by_row, s.by_column, ld, 2 * ld};
+}
+#endif
+
+template <class T, class X>
+void accumulate(const Pairs<T, X>& p, const Accumulate<T>& a, std::int64_t begin, std::int64_t end, std::int64_t panel,
                 void* memory) {
-  const Scratch<T> s(memory);
+  constexpr std::int64_t inner = kInner<T, X>, lanes = kLanes<T>;
+  const Scratch<T, X> s(memory);
   for (std::int64_t r = 0; a.sum && r < p.R; ++r) a.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
     const bool reads = !a.keep || a.grad_h;
-    const Panel<T> columns = reads ? panel_at(p, col, least(kPanel, end - col), s.staging) : Panel<T>{};
-    for (std::int64_t row = 0; row < p.R; row += kRowBlock) {
+    const Panel<X> columns = reads ? panel_at(p, col, least(kPanel, end - col), s.staging) : Panel<X>{};
+    for (std::int64_t row = 0; row < p.R; row += kRowBlock<T, X>) {
       const Tile t = tile_at(p, col, end, row);
       if (a.keep) {
         take_kept(p, a, t, s, panel);
@@ -371,39 +437,68 @@ void accumulate(const Pairs<T>& p, const Accumulate<T>& a, std::int64_t begin, s
         score(p, t, columns, s.tile);
         with_estimator(p.estimator, [&](auto estimator) { map_known<decltype(estimator)>(p, a, t, s); });
       }
-      for (std::int64_t k = 0; a.grad_c && k < p.K; k += kLanes<T>) {
-        product<T, false>(t.cols, least(kLanes<T>, p.K - k), t.rows, s.tile, kRowBlock,
-                          p.g_by_channel + k * p.R + row * kLanes<T>, a.grad_c + col * p.K + k, p.K,
-                          a.add_c || row > 0);
+      const Weights<T, X> w = weights(t, s);
+      for (std::int64_t k = 0; a.grad_c && k < p.K; k += lanes) {
+        product<false>(t.cols, least(lanes, p.K - k), padded(t.rows, inner) / inner, w.by_row, w.ld_by_row,
+                       p.g_by_channel + k * padded(p.R, inner) + row * lanes, a.grad_c + col * p.K + k, p.K,
+                       a.add_c || row > 0);
       }
-      for (std::int64_t k = 0; a.grad_h && k < p.K; k += kLanes<T>) {
-        const std::int64_t channels = least(kLanes<T>, p.K - k);
-        pack_strip(columns.c + k, columns.ld, t.cols, channels, s.strip);
-        product<T, true>(t.rows, channels, t.cols, s.tile, kRowBlock, s.strip, a.grad_h + row * p.K + k, p.K,
-                         a.add_h || col > begin);
+      for (std::int64_t k = 0; a.grad_h && k < p.K; k += lanes) {
+        const std::int64_t channels = least(lanes, p.K - k);
+        pack_strip<inner, lanes>(columns.c + k, columns.ld, t.cols, channels, s.strip);
+        product<true>(t.rows, channels, padded(t.cols, inner) / inner, w.by_column, w.ld_by_column, s.strip,
+                      a.grad_h + row * p.K + k, p.K, a.add_h || col > begin);
       }
     }
   }
 }
 
 template <class T>
-void pack(const Pairs<T>& p, T* by_row, T* by_channel) {
-  constexpr std::int64_t lanes = kLanes<T>;
+DK_FN T scaled(T x, T scale) {
+  return x * scale;
+}
+// Rounded to the nearest, of two to the even one.
+DK_FN BFloat16 scaled(BFloat16 x, float scale) {
+  const float y = widened<float>(x) * scale;
+  const std::uint32_t bits = detail::bits_as<std::uint32_t>(y), nearest = bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<std::uint16_t>((y == y ? nearest : 0x7fc00000u) >> 16)};
+}
+
+// For the score bfloat16 numbers are packed as they are, and the scores are scaled: no score is rounded.
+template <class T, class X>
+void pack(const Pairs<T, X>& p, X* by_row, X* by_channel) {
+  constexpr std::int64_t lanes = kLanes<T>, inner = kInner<T, X>;
+  const std::int64_t K = padded_channels(p);
   for (std::int64_t row = 0; by_row && row < p.R; row += lanes) {
-    for (std::int64_t k = 0; k < p.K; ++k) {
+    for (std::int64_t k = 0; k < K; ++k) {
+      X* to = by_row + row * K + k / inner * inner * lanes + k % inner;
       for (std::int64_t r = 0; r < lanes; ++r) {
-        by_row[row * p.K + k * lanes + r] = row + r < p.R ? p.g[(row + r) * p.K + k] : T(0);
+        const X x = row + r < p.R && k < p.K ? p.g[(row + r) * p.K + k] : X{};
+        to[r * inner] = std::is_same_v<T, X> ? scaled(x, p.scale) : x;
       }
     }
   }
   for (std::int64_t k = 0; by_channel && k < p.K; k += lanes) {
-    pack_strip(p.g + k, p.K, p.R, least(lanes, p.K - k), by_channel + k * p.R);
+    X* strip = by_channel + k * padded(p.R, inner);
+    pack_strip<inner, lanes>(p.g + k, p.K, p.R, least(lanes, p.K - k), strip);
+    for (std::int64_t i = 0; i < padded(p.R, inner) * lanes; ++i) strip[i] = scaled(strip[i], p.scale);
   }
 }
 
+template <class T, class X>
+constexpr Kernels<T, X> kernels = {kLanes<T>,  kInner<T, X>, Scratch<T, X>::bytes,
+                                   pack<T, X>, weigh<T, X>,  accumulate<T, X>};
+
 inline constexpr Isa isa = {
-    DK_ISA_NAME, kLanes<float>, kLanes<double>, kPanel,        Scratch<float>::bytes, Scratch<double>::bytes,
-    pack<float>, pack<double>,  weigh<float>,   weigh<double>, accumulate<float>,     accumulate<double>,
+    DK_ISA_NAME,
+    kPanel,
+    kernels<double, double>,
+    kernels<float, float>,
+#if defined(DK_BF16)
+    kernels<float, BFloat16>,
+#else
+    {},
+#endif
 };
 
 }  // namespace DK_ISA
