@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test sanitize lint format bench setup-oldest test-oldest clean
+.PHONY: help setup demo test gpu-gates sanitize lint format bench setup-oldest test-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ demo: setup ## train Deep InfoMax on scikit-learn's digits, probe it and draw wh
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+gpu-gates: setup ## execute and check the GPU kernels without a GPU, print what they take of the chips
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/gpu_gates
 
 sanitize: setup ## run the native tests under the address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDIMKERN_SANITIZE=address,undefined
