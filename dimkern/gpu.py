@@ -55,9 +55,9 @@ def _chip(driver: Any, maker: str, arch: int, index: int) -> Chip:
 
 
 def _driver(device: torch.device) -> Any:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
     if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:  # a search of the disk: not for every loss on a CPU
+            return "Triton is not installed"
         from triton.runtime.driver import driver
 
         try:

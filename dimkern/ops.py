@@ -15,6 +15,7 @@ and travels to the backward, which may run on another thread, as a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from . import streaming
 from .backends.cpu import CpuTiles
 from .backends.torch import TorchTiles
 from .config import memory_budget
-from .estimators import item_losses
 from .plan import Plan, describe, plan_for, score_dtype_of
 
 _library = torch.library.Library("dimkern", "DEF")
@@ -91,10 +91,8 @@ def _mean_loss(
     d_c, d_h = _gradients(c, g, grad_c, grad_g)
     with _no_autocast(c):
         tiles = _tiles(plan, c, g, scale, d_c, d_h)
-        run = streaming.mean_loss if problem.needs_grad else streaming.measure
-        positives, negatives = run(tiles, plan, kappa)
-        loss = item_losses(problem.row, positives, negatives).mean()
-    return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype, copy=True), d_c, d_h
+        loss, (positives, negatives) = streaming.mean_loss(tiles, plan, kappa)
+    return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype).contiguous(), d_c, d_h
 
 
 def _scores(
@@ -122,9 +120,10 @@ def _sweep(
     return d_c, d_h
 
 
-def _no_autocast(c: Tensor) -> torch.autocast:
+def _no_autocast(c: Tensor) -> AbstractContextManager[None]:
     # below the dispatcher autocast still sees our matrix products, and would round the scores
-    return torch.autocast(c.device.type, enabled=False)
+    kind = c.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 _library.impl("mean_loss", _mean_loss, "CompositeExplicitAutograd")
@@ -155,12 +154,12 @@ def _scores_backward_fake(
     return _gradients(c, g, grad_c, grad_g)
 
 
-def _by_inputs(ctx, d_c, d_h, c_dtype, g, scale):
-    """Gradients by c, g and scale from those by c and by scale * g (MATHS.md §1)."""
-    by_c, by_g, by_scale = ctx.needs_input_grad[:3]
+def _by_inputs(needed, d_c, d_h, c_dtype, g, scale):
+    """Gradients by c, g and scale, those needed, from those by c and by scale * g (MATHS.md §1)."""
+    by_c, by_g, by_scale = needed
     return (
         d_c.to(c_dtype) if by_c else None,
-        (d_h * scale).to(g.dtype) if by_g else None,
+        (d_h if _is_one(scale) else d_h * scale).to(g.dtype) if by_g else None,
         (d_h * g).sum().to(scale.dtype) if by_scale else None,
     )
 
@@ -177,23 +176,41 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-def _mean_loss_context(ctx, inputs, output):
-    c, g, scale, *_ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    # c only where nothing else would tell a second derivative what it is asked for
-    ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[1:3]) else c, *output[3:])
-    ctx.c_dtype = c.dtype
+class _MeanLoss(torch.autograd.Function):
+    """The autograd of `mean_loss`: what torch.library generates from a formula would take longer than a small loss."""
+
+    @staticmethod
+    def forward(ctx, keyset, c, g, scale, *choices):
+        output = _below_autograd(keyset, c, g, scale, *choices)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        # c only where nothing else would tell a second derivative what it is asked for
+        ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[2:4]) else c, *output[3:])
+        ctx.c_dtype = c.dtype
+        ctx.inputs = 4 + len(choices)
+        return output
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:  # a later function that gives no gradient
+            return (None,) * ctx.inputs
+        g, scale, c, grad_c, grad_h = ctx.saved_tensors
+        if not _leaves_as_it_is(d_loss):
+            grad_c, grad_h = grad_c * d_loss, grad_h * d_loss
+        gradients = _by_inputs(ctx.needs_input_grad[1:4], grad_c, grad_h, ctx.c_dtype, g, scale)
+        if torch.is_grad_enabled():
+            gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
+        return None, *gradients, *[None] * (ctx.inputs - 4)
 
 
-def _mean_loss_backward(ctx, d_loss, *_):
-    if d_loss is None:  # a later function that gives no gradient
-        return (None,) * 9
-    g, scale, c, grad_c, grad_h = ctx.saved_tensors
-    gradients = _by_inputs(ctx, _scaled(grad_c, d_loss), _scaled(grad_h, d_loss), ctx.c_dtype, g, scale)
-    if torch.is_grad_enabled():
-        gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
-    return *gradients, *[None] * 6
+def _below_autograd(keyset, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return mean_loss.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _mean_loss_autograd(keyset, c, g, scale, *choices):
+    needed = torch.is_grad_enabled() and (c.requires_grad or g.requires_grad or scale.requires_grad)
+    return (_MeanLoss.apply if needed else _below_autograd)(keyset, c, g, scale, *choices)
 
 
 def _scaled(gradient, upstream):
@@ -201,18 +218,23 @@ def _scaled(gradient, upstream):
 
     In float32 until the factor is in: a float16 gradient would underflow before a loss scale reaches it.
     """
+    return gradient if _leaves_as_it_is(upstream) else gradient * upstream
+
+
+def _leaves_as_it_is(upstream):
+    """Whether saved gradients are what the upstream factor makes of them, and may be handed out."""
     # loss.backward() gives a factor of 1, and a pass over the gradients costs up to a tenth of a whole loss; nobody
     # else holds them unless the graph is kept
     kept = torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
-    return gradient if not kept and _is_one(upstream) else gradient * upstream
+    return not kept and _is_one(upstream)
 
 
-def _is_one(upstream):
+def _is_one(number):
     """Whether a number on the CPU is 1; False for what only stands for numbers (traced, batched)."""
-    if type(upstream) is not Tensor or upstream.device.type != "cpu":
+    if type(number) is not Tensor or number.device.type != "cpu":
         return False
     try:
-        return upstream.item() == 1.0
+        return number.item() == 1.0
     except RuntimeError:  # a batched tensor has no one value
         return False
 
@@ -231,16 +253,14 @@ def _scores_backward_formula(ctx, d_positives, d_negatives, _):
     d_c, d_h = _scores_backward(
         c, g, scale, negatives, d_positives, d_negatives, budget, ctx.estimator, ctx.clip, by_c, by_h, ctx.backend
     )
-    return *_by_inputs(ctx, d_c, d_h, c.dtype, g, scale), *[None] * 4
+    return *_by_inputs((by_c, by_g, by_scale), d_c, d_h, c.dtype, g, scale), *[None] * 4
 
 
 def _refuse(ctx, *_):
     raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-torch.library.register_autograd(
-    "dimkern::mean_loss", _mean_loss_backward, setup_context=_mean_loss_context, lib=_library
-)
+_library.impl("mean_loss", _mean_loss_autograd, "Autograd", with_keyset=True)
 torch.library.register_autograd(
     "dimkern::scores", _scores_backward_formula, setup_context=_scores_context, lib=_library
 )

@@ -12,7 +12,6 @@ from . import streaming
 from .backends.pair_mlp import PairMLPGradients, PairMLPTiles
 from .config import memory_budget
 from .critics import PairMLP
-from .estimators import item_losses
 from .ops import _library, _no_autocast, _Once, _refuse, _scaled
 from .plan import Problem, describe, plan_for
 
@@ -73,10 +72,8 @@ def _mean_loss(a, b, w2, b2, w3, b3, estimator, kappa, clip, grad_a, grad_b, gra
     gradients = _gradients(layers, needed)
     with _no_autocast(a):
         tiles = _tiles(plan, layers, gradients, needed)
-        run = streaming.mean_loss if problem.needs_grad else streaming.measure
-        positives, negatives = run(tiles, plan, kappa)
+        loss, (positives, negatives) = streaming.mean_loss(tiles, plan, kappa)
         tiles.finish_gradients()
-        loss = item_losses(problem.row, positives, negatives).mean()
     return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype, copy=True), *gradients
 
 

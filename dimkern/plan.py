@@ -337,6 +337,7 @@ def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     return make_plan(problem, budget, chosen)
 
 
+@lru_cache(maxsize=256)
 def too_small_for_cpu(problem: Problem, budget: int) -> str | None:
     """Why "auto" leaves the native backend to streaming, whose tiles can be smaller; None if it does not."""
     least = _cpu_bytes(problem, 1, 1, False)

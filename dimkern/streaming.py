@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .estimators import Scores, mean_loss_weights
+from .estimators import Scores, item_losses, mean_loss_weights
 from .plan import Plan, Problem
 
 
@@ -48,8 +48,8 @@ class Tiles(Protocol):
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         """score + map + accumulate in one, nothing kept; returns the sum of psi, (rows, P)."""
 
-    def whole(self, kappa: float) -> Scores | None:
-        """`mean_loss` of the whole batch in the backend's own hands, where that is better; else None."""
+    def whole(self, kappa: float) -> tuple[Tensor, Scores] | None:
+        """`mean_loss` in the backend's own hands, of a whole batch at once; None where that is no better."""
 
     def rescale(self, factor: Tensor) -> None:
         """Multiply every gradient accumulated so far by a 0-d factor."""
@@ -76,11 +76,17 @@ def differentiate(tiles: Tiles, plan: Plan, negatives: Tensor, d_positives: Tens
             tiles.sweep(rows, cols, None if ref is None else ref[rows], alpha[rows], d_positives[rows])
 
 
-def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
-    """Statistics, and the gradients of the mean of the item losses accumulated in the same pass."""
-    scores = tiles.whole(kappa)
-    if scores is not None:
-        return scores
+def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> tuple[Tensor, Scores]:
+    """The mean of the item losses, the statistics, and the gradients that are needed, accumulated in the same pass."""
+    whole = tiles.whole(kappa)
+    if whole is not None:
+        return whole
+    run = _in_blocks if plan.problem.needs_grad else measure
+    scores = run(tiles, plan, kappa)
+    return item_losses(plan.problem.row, *scores).mean(), scores
+
+
+def _in_blocks(tiles: Tiles, plan: Plan, kappa: float) -> Scores:
     if plan.order == "rows outside":
         return _rows_outside(tiles, plan, kappa)
     if plan.problem.row.family == "pointwise":

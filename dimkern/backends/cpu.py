@@ -71,18 +71,17 @@ class CpuTiles(TorchTiles):
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         return self._accumulate_native(rows, cols, None, None, ref, alpha, own)
 
-    def whole(self, kappa: float) -> Scores | None:
+    def whole(self, kappa: float) -> tuple[Tensor, Scores] | None:
         p, plan = self._p, self._plan
-        pointwise = p.row.family == "pointwise"
-        if plan.row_images < p.N or plan.col_images < p.N or not (pointwise or plan.order == "rows outside"):
+        known = p.row.family == "pointwise" or (self._grad_c is None and self._grad_h is None)
+        if plan.row_images < p.N or plan.col_images < p.N or not (known or plan.order == "rows outside"):
             return None
-        everything = slice(0, p.N)
-        g, c = self._matrices(everything, everything)
-        return Scores(
-            *_native.mean_loss.default(
-                g, c, p.estimator, self._factor, p.clip or 0.0, p.P, p.L, kappa, self._grad_h, self._grad_c
-            )
-        )
+        c = self._c if self._c.ndim == 3 else self._locals(slice(0, p.N))
+        loss, *scores = _native.mean_loss.default(
+            self._rows.flatten(0, 1), c, p.estimator, self._factor, p.clip or 0.0, p.P, p.L, kappa, self._grad_h,
+            self._grad_c,
+        )  # fmt: skip
+        return loss, Scores(*scores)
 
     def _keep(self, g: Tensor, c: Tensor, first_image: int) -> tuple[Tensor, Tensor]:
         """Room for a block's weights, and for the references of its panels."""

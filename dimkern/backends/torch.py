@@ -79,7 +79,7 @@ class TorchTiles:
         self._accumulate(tile, rows, cols, alpha, own)
         return self._per_row(sums)
 
-    def whole(self, kappa: float) -> Scores | None:
+    def whole(self, kappa: float) -> tuple[Tensor, Scores] | None:
         return None
 
     def rescale(self, factor: Tensor) -> None:

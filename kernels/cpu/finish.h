@@ -27,36 +27,57 @@ inline double log_add_exp(double a, double b) {
 // Any finite reference serves an empty row.
 inline double not_empty(double log_sum) { return log_sum == -INFINITY ? 0.0 : log_sum; }
 
-// Turns (ref, sum of psi) of a log-sum-exp family into each row's negative term, and into the weights of the mean
-// loss: alpha relative to ref, and own (R, L) of the own-image pairs with scores `positives`.
+// Each row's negative term of a log-sum-exp family from (ref, sum of psi).
 template <class E, class T>
-void finish(const Batch& b, const T* ref, const double* sum, const T* positives, double* negatives, T* alpha, T* own) {
-  const std::int64_t R = b.rows(), L = b.L;
-  const double each = b.each();
-  for (std::int64_t r = 0; r < R; ++r) negatives[r] = double(ref[r]) + std::log(sum[r]);
+void log_sums(const Batch& b, const T* ref, const double* sum, double* negatives) {
+  const std::int64_t R = b.rows();
+  for (std::int64_t r = 0; r < R; ++r) {
+    negatives[r] = double(ref[r]) + std::log(sum[r]);
+    if (E::family == Family::row_lse && b.kappa > 0) negatives[r] = log_add_exp(negatives[r], std::log(b.kappa));
+  }
   if constexpr (E::family == Family::global_lse) {
     double highest = negatives[0], total = 0;
     for (std::int64_t r = 1; r < R; ++r) highest = negatives[r] > highest ? negatives[r] : highest;
     const double to = std::isfinite(highest) ? highest : 0.0;
     for (std::int64_t r = 0; r < R; ++r) total += std::exp(negatives[r] - to);
-    const double all = to + std::log(total);
-    for (std::int64_t r = 0; r < R; ++r) {
-      alpha[r] = sum[r] == 0 ? T(0) : T(std::exp(double(ref[r]) - not_empty(all)));
-      negatives[r] = all - std::log(double(R) * b.negatives());
-      for (std::int64_t l = 0; l < L; ++l) own[r * L + l] = T(-each * E::df(double(positives[r * L + l])));
-    }
-  } else {
-    for (std::int64_t r = 0; r < R; ++r) {
-      if (b.kappa > 0) negatives[r] = log_add_exp(negatives[r], std::log(b.kappa));
-      double q_sum = 0;
-      for (std::int64_t l = 0; l < L; ++l) {
-        const double q = each * sigmoid(negatives[r] - double(positives[r * L + l]));
-        own[r * L + l] = T(-q);
-        q_sum += q;
-      }
-      alpha[r] = sum[r] == 0 ? T(0) : T(q_sum * std::exp(double(ref[r]) - not_empty(negatives[r])));
-    }
+    const double all = to + std::log(total) - std::log(double(R) * b.negatives());
+    for (std::int64_t r = 0; r < R; ++r) negatives[r] = all;
   }
+}
+
+// The weights that rows [begin, end) have in the mean loss: alpha relative to ref, and own (R, L) of the own-image
+// pairs with scores `positives`.
+template <class E, class T>
+void finish(const Batch& b, std::int64_t begin, std::int64_t end, const T* ref, const double* sum, const T* positives,
+            const double* negatives, T* alpha, T* own) {
+  const std::int64_t L = b.L;
+  const double each = b.each(), log_pairs = std::log(double(b.rows()) * b.negatives());
+  for (std::int64_t r = begin; r < end; ++r) {
+    double to = negatives[r], weight = 1;
+    if constexpr (E::family == Family::global_lse) {
+      to += log_pairs;
+      for (std::int64_t l = 0; l < L; ++l) own[r * L + l] = T(-each * E::df(double(positives[r * L + l])));
+    } else {
+      weight = 0;
+      for (std::int64_t l = 0; l < L; ++l) {
+        const double q = each * sigmoid(to - double(positives[r * L + l]));
+        own[r * L + l] = T(-q);
+        weight += q;
+      }
+    }
+    alpha[r] = sum[r] == 0 ? T(0) : T(weight * std::exp(double(ref[r]) - not_empty(to)));
+  }
+}
+
+// What row r adds to the mean loss.
+template <class E, class T>
+double row_loss(const Batch& b, std::int64_t r, const T* positives, double negative) {
+  double sum = 0;
+  for (std::int64_t l = 0; l < b.L; ++l) {
+    const double s = double(positives[r * b.L + l]);
+    sum += E::family == Family::row_lse ? softplus(negative - s) : negative - E::f(s);
+  }
+  return sum * b.each();
 }
 
 }  // namespace dimkern

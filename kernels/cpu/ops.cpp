@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -219,11 +220,12 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor&
     const Columns<X> columns(c, use.inner);
     const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, scale, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
-    Tensor refs = like<T>(g, {shares.count, p.R}), sums = like<double>(g, {shares.count, p.R});
+    std::vector<T> refs(shares.count * p.R);
+    std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
     Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
-    T* ref = data<T>(refs);
-    double* sum = data<double>(sums);
+    T* ref = refs.data();
+    double* sum = sums.data();
     shares.parallel([&](std::int64_t i, Share share) {
       const Weigh<T> w{data<T>(keep), data<T>(panel_ref), ref + i * p.R, sum + i * p.R, data<T>(positives)};
       use.weigh(p, w, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
@@ -260,11 +262,12 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
     const Columns<X> columns(c, use.inner);
     const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, scale, clip, row0, col0, P, L);
     const Shares shares(p.R, p.M, p.K);
-    Tensor sums = like<double>(g, {shares.count, p.R});
+    std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
     Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
     const std::int64_t size = p.R * p.K;
-    Tensor partial = like<T>(g, {grad_h.has_value() ? (shares.count - 1) * size : 0});
+    std::optional<Tensor> partial;
+    if (grad_h.has_value() && shares.count > 1) partial = like<T>(g, {(shares.count - 1) * size});
     T* whole = data<T>(grad_h);
     shares.parallel([&](std::int64_t i, Share share) {
       Accumulate<T> a{data<T>(keep),
@@ -278,7 +281,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                       i == 0 && add_h,
                       add_c,
                       static_cast<T>(own_each),
-                      data<double>(sums) + i * p.R};
+                      sums.data() + i * p.R};
       if (whole && i > 0) a.grad_h = data<T>(partial) + (i - 1) * size;
       use.accumulate(p, a, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
@@ -293,7 +296,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
     Tensor sum = like<double>(g, {p.R});
     for (std::int64_t r = 0; r < p.R; ++r) {
       double total = 0;
-      for (std::int64_t i = 0; i < shares.count; ++i) total += data<double>(sums)[i * p.R + r];
+      for (std::int64_t i = 0; i < shares.count; ++i) total += sums[i * p.R + r];
       data<double>(sum)[r] = total;
     }
     return sum;
@@ -312,42 +315,70 @@ void advise(const Tensor& x) {
 #endif
 }
 
-// The whole of a batch in one call: statistics, finish and both gradients of the mean loss. Returns the own-image
-// scores (N, P, L) and each row's negative term (N, P).
-std::tuple<Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double scale, double clip,
-                                     std::int64_t P, std::int64_t L, double kappa, std::optional<Tensor> grad_h,
-                                     std::optional<Tensor> grad_c) {
-  return by_type(g, [&](auto score, auto) -> std::tuple<Tensor, Tensor> {
+constexpr std::int64_t kPositivesWorthAThread = 4096;
+
+// The whole of a batch in one call: statistics, finish and the gradients of the mean loss for which there is room.
+// Returns the loss, the own-image scores (N, P, L) and each row's negative term (N, P).
+std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double scale,
+                                             double clip, std::int64_t P, std::int64_t L, double kappa,
+                                             std::optional<Tensor> grad_h, std::optional<Tensor> grad_c) {
+  return by_type(g, [&](auto score, auto) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(score);
     const dimkern::Batch batch{g.size(0) / P, P, L, kappa};
     const std::int64_t R = batch.rows();
+    const bool differentiated = grad_h.has_value() || grad_c.has_value();
     const auto [by_row, by_channel] = pack(g, scale, grad_c.has_value());
-    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<double>(g, {batch.N, P});
-    Tensor alpha = like<T>(g, {R});
-    double* negative = data<double>(negatives);
     const Tensor &rows = by_row, &channels = by_channel;
+    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<T>(g, {batch.N, P}), loss = like<T>(g, {});
+    std::vector<double> negative(R), losses(R);
+    const auto for_rows = [&](const auto& f) {
+      torch::stable::parallel_for(0, R, std::max<std::int64_t>(1, kPositivesWorthAThread / L), f);
+    };
     const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
       using E = decltype(row);
       if constexpr (E::family == dimkern::Family::pointwise) {
-        std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
-        const Tensor sums =
-            accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, std::nullopt, std::nullopt,
-                       std::nullopt, alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
+        Tensor sums;
+        if (differentiated) {
+          Tensor alpha = like<T>(g, {R});
+          std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
+          sums = accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, std::nullopt, std::nullopt,
+                            std::nullopt, alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
+        } else {
+          sums =
+              std::get<1>(weigh(g, c, rows, estimator, scale, clip, 0, 0, P, L, positives, std::nullopt, std::nullopt));
+        }
         for (std::int64_t r = 0; r < R; ++r) negative[r] = data<double>(sums)[r] / batch.negatives();
       } else {
-        const auto [kept, panels] = kept_sizes(g, batch.N * L);
-        const Tensor keep = like<T>(g, {kept}), panel_ref = like<T>(g, {panels});
-        advise(keep);
+        std::optional<Tensor> keep, panel_ref;
+        if (differentiated) {
+          const auto [kept, panels] = kept_sizes(g, batch.N * L);
+          keep = like<T>(g, {kept}), panel_ref = like<T>(g, {panels});
+          advise(*keep);
+        }
         const auto [ref, sums] = weigh(g, c, rows, estimator, scale, clip, 0, 0, P, L, positives, keep, panel_ref);
-        Tensor own = like<T>(g, {batch.N, P, L});
-        dimkern::finish<E>(batch, data<T>(ref), data<double>(sums), data<T>(positives), negative, data<T>(alpha),
-                           data<T>(own));
-        accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own,
-                   positives, grad_h, grad_c, false, false, 0.0);
+        dimkern::log_sums<E>(batch, data<T>(ref), data<double>(sums), negative.data());
+        if (differentiated) {
+          Tensor alpha = like<T>(g, {R}), own = like<T>(g, {batch.N, P, L});
+          const T* from = data<T>(ref);
+          const double* sum = data<double>(sums);
+          for_rows([&](std::int64_t begin, std::int64_t end) {
+            dimkern::finish<E>(batch, begin, end, from, sum, data<T>(positives), negative.data(), data<T>(alpha),
+                               data<T>(own));
+          });
+          accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own,
+                     positives, grad_h, grad_c, false, false, 0.0);
+        }
       }
+      for_rows([&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t r = begin; r < end; ++r) {
+          losses[r] = dimkern::row_loss<E>(batch, r, data<T>(positives), negative[r]);
+        }
+      });
     });
     STD_TORCH_CHECK(known, "unknown estimator");
-    return {positives, negatives};
+    std::copy(negative.begin(), negative.end(), data<T>(negatives));
+    *data<T>(loss) = static_cast<T>(std::accumulate(losses.begin(), losses.end(), 0.0));
+    return {loss, positives, negatives};
   });
 }
 
@@ -389,7 +420,7 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.) -> Tensor");
   m.def(
       "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, int P, int L, float kappa,"
-      " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor)");
+      " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor, Tensor)");
   m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
   m.def("multiplies_bf16() -> bool");

@@ -99,7 +99,7 @@ class TritonTiles:
         self._products(e, rows, cols, None)
         return self._per_row(partial.sum(0, dtype=torch.float64))
 
-    def whole(self, kappa: float) -> Scores | None:
+    def whole(self, kappa: float) -> tuple[Tensor, Scores] | None:
         return None
 
     def rescale(self, factor: Tensor) -> None:
