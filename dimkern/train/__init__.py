@@ -4,7 +4,7 @@ config     every setting, once                  loop    epochs, checkpoints, res
 data       images, split, fingerprint           steps   one step: whole, or in chunks
 encoder    encoder, heads, DeepInfoMax          probes  linear, MLP and k-NN accuracies
 objective  the losses of dimkern, weighted      report  report.json and plots
-prior      the adversary of prior matching
+prior      the adversary of prior matching      jobs, comparison  the paper's table
 
 `run` is the whole of `dimkern train`. This module and `config` import without the packages of the extra.
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from .config import PRESETS, TrainConfig
 from .errors import SettingError, TrainingStopped
 
-__all__ = ["PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "run"]
+__all__ = ["PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "reproduce", "run"]
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "threadpoolctl")
 
@@ -31,9 +32,7 @@ def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = Fa
         TrainingStopped: the loss or a weight is no longer finite.
         ModuleNotFoundError: the packages of the extra are not installed (the message says what to install).
     """
-    missing = [name for name in NEEDS if find_spec(name) is None]
-    if missing:
-        raise ModuleNotFoundError(f"training needs {', '.join(missing)}: pip install 'dimkern[train]'", name=missing[0])
+    require_extra()
     from . import data, loop, probes, report
 
     loop.pick_device(config)  # refused before the data is read, which may take minutes
@@ -56,3 +55,18 @@ def run(config: TrainConfig, resume: Path | None = None, *, overwrite: bool = Fa
     for path in (done.checkpoint, *paths):
         print(f"wrote {path}")
     return paths
+
+
+def reproduce(budget: str, out: Path | None, settings: dict[str, Any], seeds: tuple[int, ...] = ()) -> list[Path]:
+    """The paper's comparison (see `jobs`), with the default of `out`; raises as `run` does."""
+    require_extra()
+    from . import jobs
+
+    data = settings.get("data", jobs.BUDGETS[budget].settings["data"]).rpartition("/")[2].removeprefix("folder:")
+    return jobs.reproduce(budget, out or Path("runs") / f"reproduce-{budget}-{data}", settings, seeds)
+
+
+def require_extra() -> None:
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"training needs {', '.join(missing)}: pip install 'dimkern[train]'", name=missing[0])

@@ -1,0 +1,185 @@
+"""The paper's comparison at the size of this machine: `dimkern reproduce`.
+
+A job is one encoder, trained (or not) and probed: a row of the table, or a point of the curve over negatives, with one
+seed. It leaves one JSON file; a job whose file is there is not done again, and one that was interrupted goes on from
+its checkpoint. The tables and plots (comparison.py) are made from these files alone, anew after every job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import comparison, loop, probes
+from .config import PRESETS, TrainConfig, refuse_changes
+from .data import Images, load_images
+from .errors import SettingError, TrainingStopped
+from .report import epoch_means, plain
+
+UNTRAINED = "untrained"
+CONCAT = "DIM(L) JSD, concat critic, permuted negatives"  # with one seed: its pairs cost most
+ROWS: dict[str, dict[str, Any]] = {UNTRAINED: {}}
+for preset, estimator in (("dim-g", "jsd"), ("dim-l", "dv"), ("dim-l", "jsd"), ("dim-l", "infonce")):
+    name = f"{preset.upper().replace('-', '(')}) {comparison.NAMES[estimator]}"
+    ROWS[name] = PRESETS[preset] | {"estimator": estimator, "gamma": 0.0}
+    ROWS[name + ", prior"] = PRESETS[preset] | {"estimator": estimator}
+ROWS[CONCAT] = PRESETS["dim-l"] | {"estimator": "jsd", "gamma": 0.0, "critic": "concat", "negatives": "permute"}
+
+# Of the curve: images that share negatives, of batches of 64 digits whose local map has 16 locations.
+CURVE = {"data": "digits", "batch_size": 64, "width": 32, "fc": 256, "units": 256, "lr": 3e-4}
+PROBED = ("linear", "mlp", "linear_100", "linear_10")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent: `settings` of every row alike, `curve` those of every point of the curve."""
+
+    about: str
+    seeds: tuple[int, ...]
+    settings: dict[str, Any]
+    curve: dict[str, Any]
+    pools: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+
+
+PAPERS = {"data": "fashion-mnist", "width": 64, "fc": 1024, "units": 128, "lr": 1e-3}  # the encoder is the paper's
+BUDGETS = {
+    "smoke": Budget(
+        "a minute, on digits: checks that everything runs, says little about the methods",
+        (0,),
+        {"data": "digits", "width": 16, "fc": 64, "units": 32, "batch_size": 64, "lr": 1e-3, "epochs": 3},
+        {"train_images": 512, "epochs": 2},
+        pools=(2, 64),
+    ),
+    "hour": Budget(
+        "about an hour on two busy cores: the paper's encoder, 10,000 of the training images, 3 epochs",
+        (0, 1, 2),
+        PAPERS | {"batch_size": 64, "train_images": 10_000, "epochs": 3},
+        {"epochs": 10},
+    ),
+    "full": Budget(
+        "several hours on two cores: the paper's encoder, all training images, 2 epochs",
+        (0, 1, 2),
+        PAPERS | {"batch_size": 256, "epochs": 2},
+        {"epochs": 20},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One encoder to train and probe; `pool` is None for a row of the table."""
+
+    row: str
+    seed: int
+    pool: int | None
+    config: TrainConfig
+    path: Path  # of its JSON
+
+
+def jobs_of(budget: Budget, given: dict[str, Any], out: Path, seeds: tuple[int, ...]) -> list[Job]:
+    """Every job in order: a seed's whole table, its part of the curve, then the next seed."""
+    todo = []
+    for seed in seeds:
+        wanted: list[tuple[str, int | None, dict[str, Any]]] = [
+            (row, None, budget.settings | own | given) for row, own in ROWS.items() if row != CONCAT or seed == seeds[0]
+        ]
+        common = CURVE | budget.curve | {"threads": given.get("threads", 0)}
+        for pool in budget.pools:
+            for estimator in ("infonce", "jsd"):
+                wanted.append((comparison.NAMES[estimator], pool, common | {"estimator": estimator, "pool": pool}))
+        for row, group, settings in wanted:
+            slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") + (f"-pool{group}" if group else "")
+            work = out / "work" / f"{slug}-seed{seed}"
+            config = TrainConfig(**settings, seed=seed, out=str(work))
+            todo.append(Job(row, seed, group, config, out / "results" / f"{work.name}.json"))
+    return todo
+
+
+def reproduce(budget: str, out: Path, given: dict[str, Any], seeds: tuple[int, ...] = ()) -> list[Path]:
+    """Do what is left of a budget's jobs, rewriting tables in `out` after each, plots after each seed; their paths.
+
+    Args:
+        given: settings of every row in place of the budget's, such as data, data_root, threads.
+        seeds: in place of the budget's; two processes with other seeds may share `out`.
+
+    Raises:
+        SettingError: unusable settings, files that are absent, or results in `out` that other settings made.
+    """
+    todo = jobs_of(BUDGETS[budget], given, out, seeds or BUDGETS[budget].seeds)
+    for folder in ("results", "work"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    left = [job for job in todo if not is_done(job)]
+    print(f"{budget}: {BUDGETS[budget].about}; {len(todo)} jobs, {len(todo) - len(left)} of them done", flush=True)
+    loaded: dict[tuple[str, int], Images] = {}
+    started, written = time.perf_counter(), [] if left else comparison.write(out, budget)
+    for i, job in enumerate(left):
+        wanted = job.config.data, job.config.train_images
+        if wanted not in loaded:
+            loaded[wanted] = load_images(job.config)
+            if loaded[wanted].train_labels is None:
+                raise SettingError("data", "the comparison needs labels: each class in a subfolder of its own")
+        with loop.cpu_threads(job.config, loaded[wanted]):
+            said = do(job, loaded[wanted])
+        written = comparison.write(out, budget, plots=i + 1 == len(left) or left[i + 1].seed != job.seed)
+        minutes = (time.perf_counter() - started) / 60 / (i + 1) * (len(left) - i - 1)
+        what = f"{job.row}{f', pool {job.pool}' if job.pool else ''}, seed {job.seed}"
+        print(f"[{i + 1}/{len(left)}] {what}: {said}; about {minutes:.0f} minutes left", flush=True)
+    return written
+
+
+def is_done(job: Job) -> bool:
+    """Whether the job's result is there; raises SettingError where other settings made it."""
+    if not job.path.exists():
+        return False
+    try:
+        refuse_changes(json.loads(job.path.read_text())["config"], job.config)
+    except SettingError as error:
+        why = error.why.replace("the checkpoint", "it")
+        raise SettingError("out", f"{job.path} is of another comparison ({error.setting}: {why})") from error
+    return True
+
+
+def do(job: Job, images: Images) -> str:
+    """Train, probe, and write the job's JSON; a line about it. A run that diverges is a result as well."""
+    result: dict[str, Any] = {"row": job.row, "seed": job.seed, "pool": job.pool, "probes": None, "stopped": None}
+    started = time.perf_counter()
+    try:
+        encoder, history = trained(job, images)
+        result["history"] = history
+    except TrainingStopped as error:
+        result["stopped"] = str(error)
+    middle = time.perf_counter()
+    if result["stopped"] is None:
+        result["probes"] = probes.probe_encoder(images, encoder, len(images.train), PROBED, job.seed)
+    result["seconds"] = {"train": middle - started, "probe": time.perf_counter() - middle}
+    result |= {"config": dataclasses.asdict(job.config), "images": images.fingerprint(), "versions": loop.versions()}
+    result["config"]["out"] = result["config"]["data_root"] = ""  # places on the machine that made it
+    partial = job.path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    os.replace(partial, job.path)
+    shutil.rmtree(job.config.out, ignore_errors=True)
+    if result["stopped"]:
+        return str(result["stopped"])
+    y = result["probes"]["Y"]
+    took = " + ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
+    return f"{took}; linear on Y {100 * y['linear']:.1f} %, with 10 labels a class {100 * y['linear_10']:.1f} %"
+
+
+def trained(job: Job, images: Images) -> tuple[Any, dict[str, Any]]:
+    """The job's encoder, and the means of every epoch: from its checkpoint on, if it was interrupted."""
+    if job.row == UNTRAINED:
+        torch.manual_seed(job.seed)
+        return loop.make_model(job.config, images).encoder, {}
+    begun = Path(job.config.out) if (Path(job.config.out) / "checkpoint.pt").exists() else None
+    run = loop.train(job.config, images, begun)
+    epochs = {key: plain(epoch_means(run, key)) for key in run.history}
+    return run.model.encoder, epochs
