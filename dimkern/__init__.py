@@ -4,6 +4,7 @@ The layers, from the outside in (nothing imports anything above it):
 
     functional, modules   the public losses: validate, choose, compute, reduce
     ops, pair_ops         torch.library ops with their autograd: of the dot critic, of the pair MLP
+    grouped               the dot critic's over several processes; distributed: their collectives
     one_negative          the losses with one negative for each image, in ordinary PyTorch
     streaming             the driver: score -> map -> finish -> accumulate over blocks of pairs
     backends/             the map step on each device
@@ -17,6 +18,7 @@ The layers, from the outside in (nothing imports anything above it):
 from ._version import __version__
 from .config import config
 from .critics import PairMLPCritic
+from .distributed import GroupError
 from .explain import doctor, explain
 from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
 from .modules import DonskerVaradhanLoss, FenchelDualLoss, InfoNCELoss
@@ -26,6 +28,7 @@ __all__ = [
     "BACKENDS",
     "DonskerVaradhanLoss",
     "FenchelDualLoss",
+    "GroupError",
     "InfoNCELoss",
     "LossParts",
     "PairMLPCritic",

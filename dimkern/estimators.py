@@ -176,6 +176,16 @@ def mean_loss_weights(estimator: Estimator, positives: Tensor, negatives: Tensor
     return estimator.df(positives) * -each, torch.full_like(negatives, 1.0 / rows)
 
 
+def parts(
+    estimator: Estimator, positives: Tensor, negatives: Tensor, loss: Tensor, candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(e_pos, e_neg, mi) of a mean loss: its terms' means, InfoNCE's negative one of logaddexp(D, s)."""
+    mi = mutual_information(estimator, positives, loss, candidates)
+    if estimator.family == "row_lse":
+        negatives = torch.logaddexp(negatives.unsqueeze(-1), positives)
+    return estimator.f(positives).mean(), negatives.mean(), mi
+
+
 def mutual_information(estimator: Estimator, positives: Tensor, loss: Tensor, candidates: int) -> Tensor:
     """The estimate, in nats, that the critic implies (MATHS.md §2).
 

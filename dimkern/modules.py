@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .critics import PairMLPCritic, check_critic
+from .distributed import members
 from .functional import LossParts, donsker_varadhan_loss, fenchel_dual_loss, infonce_loss
 from .one_negative import NEGATIVES
 from .validate import check_choice, check_clip, check_generator, check_measure, check_reduction
 
-_KEYWORDS = ("scale", "clip", "reduction", "backend", "return_parts", "critic", "negatives", "generator")
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
+
+_KEYWORDS = ("scale", "clip", "reduction", "backend", "return_parts", "critic", "negatives", "generator", "group")
 
 
 class _PairLoss(nn.Module):
@@ -29,6 +33,7 @@ class _PairLoss(nn.Module):
         critic: PairMLPCritic | None = None,
         negatives: str = "all",
         generator: torch.Generator | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         if isinstance(scale, Tensor) and scale.grad_fn is not None:
@@ -43,6 +48,8 @@ class _PairLoss(nn.Module):
             self.scale = scale
         self.clip, self.reduction, self.backend, self.return_parts = clip, reduction, backend, return_parts
         self.critic, self.negatives, self.generator = critic, negatives, generator
+        members(group)
+        self.group = group
 
     def _keywords(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _KEYWORDS}

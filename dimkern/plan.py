@@ -56,11 +56,24 @@ class Problem:
     aligned: bool = False  # the local features are a matrix that a GPU's wide loads can read as it is
     bf16_products: bool = False  # the native library multiplies the inputs' bfloat16 numbers as they are
     staged_panels: bool = False  # the native library copies the local features, a panel at a time
+    shard: tuple[int, int] | None = None  # first and last + 1 of the images whose locations are here; None: all N
 
     @property
     def rows(self) -> int:
         """R, the number of summary vectors."""
         return self.N * self.P
+
+    @property
+    def here(self) -> slice:
+        """The images whose local features this process scores; the summaries of all N are scored against them."""
+        first, stop = self.shard or (0, self.N)
+        return slice(first, stop)
+
+    @property
+    def held(self) -> int:
+        """How many images `here` has."""
+        first, stop = self.shard or (0, self.N)
+        return stop - first
 
     @property
     def needs_grad(self) -> bool:
@@ -160,7 +173,7 @@ class Plan:
         return blocks(self.problem.N, self.row_images)
 
     def col_blocks(self) -> Iterator[slice]:
-        return blocks(self.problem.N, self.col_images)
+        return blocks(self.problem.held, self.col_images, self.problem.here.start)
 
     @property
     def gemms(self) -> int:
@@ -175,13 +188,13 @@ class Plan:
     @property
     def flops(self) -> int:
         p = self.problem
-        return self.gemms * 2 * p.rows * p.N * p.L * p.K * (p.K if p.critic == "pair_mlp" else 1)
+        return self.gemms * 2 * p.rows * p.held * p.L * p.K * (p.K if p.critic == "pair_mlp" else 1)
 
 
-def blocks(images: int, block: int) -> Iterator[slice]:
-    """All images in blocks, the last perhaps smaller."""
-    for start in range(0, images, block):
-        yield slice(start, min(start + block, images))
+def blocks(images: int, block: int, first: int = 0) -> Iterator[slice]:
+    """So many images from `first` on in blocks, the last perhaps smaller."""
+    for start in range(first, first + images, block):
+        yield slice(start, min(start + block, first + images))
 
 
 def why_not(
@@ -279,7 +292,7 @@ def _pair_mlp_plan(p: Problem, budget: int, backend: str) -> Plan:
         return Plan(p, backend, order, row_images, col_images, budget, scratch)
 
     pairs = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES) // (p.K * p.itemsize)
-    col_images = max(1, min(p.N, int(pairs**0.5) // p.L))
+    col_images = max(1, min(p.held, int(pairs**0.5) // p.L))
     orders = ["columns outside"]
     if p.row.family != "pointwise" and p.needs_grad and not p.weights_known:
         orders.insert(0, "rows outside")
@@ -349,12 +362,12 @@ def too_small_for_cpu(problem: Problem, budget: int) -> str | None:
 def _cached_tile(p: Problem, row_images: int) -> int:
     """Column images that make a tile of the size that maps fastest."""
     tile_bytes = _TILE_BYTES.get(p.device.type, _ACCELERATOR_TILE_BYTES)
-    return max(1, min(p.N, tile_bytes // (row_images * p.P * p.L * p.itemsize)))
+    return max(1, min(p.held, tile_bytes // (row_images * p.P * p.L * p.itemsize)))
 
 
 def _all_columns(p: Problem, row_images: int) -> int:
     """The native library makes its own tiles."""
-    return p.N
+    return p.held
 
 
 def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
@@ -362,7 +375,7 @@ def _streaming_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -
     beside = not (p.row.shares_map and p.row.phi.in_place)  # psi, or what phi is made from
     tiles = 1 + beside + (p.clip is not None)  # the soft clip's slope
     products = rows * p.K * p.itemsize if p.needs_grad else 0  # alpha∘G, then alpha∘(E·C)
-    kept_bytes = rows * p.N * p.L * p.itemsize if kept else 0
+    kept_bytes = rows * p.held * p.L * p.itemsize if kept else 0
     tile = rows * cols * tiles * p.itemsize
     return _common_bytes(p, rows, col_images) + tile + products + kept_bytes + _staging_bytes(p, col_images)
 
@@ -372,12 +385,13 @@ def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     given = p.rows * p.K * p.itemsize  # summaries as the kernels take them, where that is a copy
     tiles = p.threads * _NATIVE_TILE * p.itemsize
     packed = (2 + p.threads - 1) * rows * (p.K + _NATIVE_LANES) * p.itemsize  # summaries twice, partial gradients
-    blocks = -(-p.N // col_images)
-    panels = p.N * p.L // _NATIVE_PANELS[0] + blocks * p.threads  # with a row of references each
-    kept_bytes = rows * (p.N * p.L + panels) * p.itemsize if kept else 0
+    blocks = -(-p.held // col_images)
+    panels = p.held * p.L // _NATIVE_PANELS[0] + blocks * p.threads  # with a row of references each
+    kept_bytes = rows * (p.held * p.L + panels) * p.itemsize if kept else 0
     staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
     staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged_panels else 0
-    return _common_bytes(p, rows, col_images) + given + tiles + packed + kept_bytes + staging
+    own = rows * p.L * p.itemsize if p.shard else 0  # weights of own-image pairs, zeros for those that are elsewhere
+    return _common_bytes(p, rows, col_images) + given + tiles + packed + kept_bytes + staging + own
 
 
 def _pair_mlp_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
@@ -386,20 +400,20 @@ def _pair_mlp_bytes(p: Problem, row_images: int, col_images: int, kept: bool) ->
     scores = rows * cols * (1 + beside + (p.clip is not None)) * p.itemsize
     layers = rows * cols * p.K * p.itemsize * (2 + (p.grad_locals or p.grad_summaries))
     weights = p.K * (p.K + 4) * p.itemsize if p.needs_grad else 0  # w3∘W2
-    kept_bytes = rows * p.N * p.L * (p.K + p.itemsize) if kept else 0
+    kept_bytes = rows * p.held * p.L * (p.K + p.itemsize) if kept else 0
     reduced = (rows + cols) * p.K * p.itemsize if p.needs_grad else 0
     return _common_bytes(p, rows, col_images) + scores + layers + weights + kept_bytes + reduced
 
 
 def own_images(p: Problem) -> int:
     """Images that the native backend stages at a time where it needs own-image pairs alone."""
-    return max(1, min(p.N, _NATIVE_PANELS[1] // p.L))
+    return max(1, min(p.held, _NATIVE_PANELS[1] // p.L))
 
 
 def _common_bytes(p: Problem, rows: int, col_images: int) -> int:
     """Scaled summaries, positives and their weights, row statistics."""
-    positives = p.rows * p.L * (2 * p.itemsize + 3 * 8)
-    statistics = (p.rows * _ROW_STATISTICS + rows * 3 * -(-p.N // col_images)) * 8
+    positives = p.held * p.P * p.L * (2 * p.itemsize + 3 * 8)
+    statistics = (p.rows * _ROW_STATISTICS + rows * 3 * -(-p.held // col_images)) * 8
     return p.rows * p.K * p.itemsize + positives + statistics
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..estimators import Scores
 from ..plan import Plan, own_images
@@ -38,7 +39,7 @@ class CpuTiles(TorchTiles):
         if p.staged and p.strided:  # the kernels stage panels by themselves
             self._staging_images = own_images(p)
         self._factor = scale.item()
-        self._own_seen = [False] * p.N
+        self._own_seen = [False] * p.held
         self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
         self._weighed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -50,10 +51,11 @@ class CpuTiles(TorchTiles):
     @cached_property
     def _own_scores(self) -> Tensor:
         p = self._p
-        return torch.empty(p.N, p.P, p.L, dtype=p.score_dtype)
+        return torch.empty(p.held, p.P, p.L, dtype=p.score_dtype)
 
     def positives(self, images: slice) -> Tensor:
-        return self._own_scores[images] if all(self._own_seen[images]) else super().positives(images)
+        here = self._here(images)
+        return self._own_scores[here] if all(self._own_seen[here]) else super().positives(images)
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         return self._weigh(rows, cols, None, None)
@@ -101,7 +103,7 @@ class CpuTiles(TorchTiles):
             g, c, self._pack(rows)[0], *self._where(rows, cols), self._own_scores, keep, panel_ref
         )
         for image in range(max(rows.start, cols.start), min(rows.stop, cols.stop)):
-            self._own_seen[image] = True
+            self._own_seen[image - self._p.here.start] = True
         return self._per_row(ref), self._per_row(sums)
 
     def _accumulate_native(
@@ -125,22 +127,28 @@ class CpuTiles(TorchTiles):
             panel_ref,
             None if ref is None else ref.to(dtype).contiguous(),
             alpha.to(dtype).contiguous(),
-            None if own is None else own.to(dtype).contiguous(),
+            None if own is None else self._of_rows(own.to(dtype).contiguous(), rows),
             self._own_scores,
             None if self._grad_h is None else self._grad_h[rows],
-            None if self._grad_c is None else self._grad_c[cols],
-            cols.start > 0,
+            None if self._grad_c is None else self._grad_c[self._here(cols)],
+            cols.start > self._p.here.start,
             rows.start > 0,
         )
         return self._per_row(sums)
 
     def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """Summaries (rows, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
-        return self._rows[rows].flatten(0, 1), self._c[cols] if self._c.ndim == 3 else self._locals(cols)
+        return self._rows[rows].flatten(0, 1), self._c[self._here(cols)] if self._c.ndim == 3 else self._locals(cols)
 
     def _where(self, rows: slice, cols: slice) -> tuple[str, float, float, int, int, int, int]:
-        p = self._p
-        return p.estimator, self._factor, p.clip or 0.0, rows.start * p.P, cols.start * p.L, p.P, p.L
+        p, first = self._p, self._p.here.start  # the kernels count from the first image here; rows may lie before it
+        row0, col0 = (rows.start - first) * p.P, (cols.start - first) * p.L
+        return p.estimator, self._factor, p.clip or 0.0, row0, col0, p.P, p.L
+
+    def _of_rows(self, own: Tensor, rows: slice) -> Tensor | None:
+        """Weights of the own-image pairs of all `rows`, as the kernels index them, from those whose images are here."""
+        before, after = max(0, self._p.here.start - rows.start), max(0, rows.stop - self._p.here.stop)
+        return (pad(own, (0, 0, 0, 0, before, after)) if before or after else own) if len(own) else None
 
     def _pack(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The summaries as the kernels read them, packed once per row block."""

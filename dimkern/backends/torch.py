@@ -20,10 +20,10 @@ class TorchTiles:
     def __init__(
         self,
         plan: Plan,
-        c: Tensor,  # (N, L, K) or (N, H, W, K), any strides, any floating dtype
+        c: Tensor,  # (held, L, K) or (held, H, W, K), any strides, any floating dtype
         g: Tensor,  # (N, P, K)
         scale: Tensor,  # 0-d
-        grad_c: Tensor | None,  # (N, L, K) score dtype, contiguous, uninitialised
+        grad_c: Tensor | None,  # (held, L, K) score dtype, contiguous, uninitialised
         grad_h: Tensor | None,  # (N, P, K) the gradient by scale * g
     ) -> None:
         p = plan.problem
@@ -46,7 +46,7 @@ class TorchTiles:
     def positives(self, images: slice) -> Tensor:
         p = self._p
         scores = torch.empty(images.stop - images.start, p.P, p.L, dtype=p.score_dtype, device=p.device)
-        for cols in blocks(p.N, self._staging_images):
+        for cols in blocks(p.held, self._staging_images, p.here.start):
             both = _both(images, cols)
             if both is not None:
                 c = self._locals(cols)[_within(both, cols)]
@@ -88,8 +88,9 @@ class TorchTiles:
                 gradient.mul_(factor)
 
     def accumulate_own(self, own: Tensor) -> None:
-        for cols in blocks(self._p.N, self._staging_images):
-            self._accumulate_own(slice(0, self._p.N), cols, own)
+        p = self._p
+        for cols in blocks(p.held, self._staging_images, p.here.start):
+            self._accumulate_own(p.here, cols, own)
 
     def _score(self, rows: slice, cols: slice, out: Tensor) -> Tensor:
         g = self._g[rows].flatten(0, 1)  # (rows, K)
@@ -150,14 +151,14 @@ class TorchTiles:
             grad = self._grad_h[rows].flatten(0, 1)
             product = self._product(grad)
             torch.mm(tile, self._locals(cols).flatten(0, 1), out=product)
-            if cols.start == 0:
+            if cols.start == self._p.here.start:
                 torch.mul(product, alpha, out=grad)
             else:
                 grad.addcmul_(product, alpha)
         if self._grad_c is not None:
             g = self._g[rows].flatten(0, 1)
             scaled = torch.mul(g, alpha, out=self._product(g))
-            self._grad_c[cols].flatten(0, 1).addmm_(tile.t(), scaled, beta=1 if rows.start else 0)
+            self._grad_c[self._here(cols)].flatten(0, 1).addmm_(tile.t(), scaled, beta=1 if rows.start else 0)
         if own is not None:
             self._accumulate_own(rows, cols, own)
 
@@ -165,20 +166,21 @@ class TorchTiles:
         images = _both(rows, cols)
         if images is None:
             return
-        weights = own[_within(images, rows)].to(self._p.score_dtype)  # (images, P, L)
+        weights = own[_within(images, slice(max(rows.start, self._p.here.start), rows.stop))]
+        weights = weights.to(self._p.score_dtype)  # (images, P, L)
         c, g = self._locals(cols)[_within(images, cols)], self._g[images]
         if self._clip is not None:
             weights = weights * self._slope(self._soft_clip(torch.bmm(g, c.transpose(1, 2))))
         if self._grad_h is not None:
             self._grad_h[images].baddbmm_(weights, c)
         if self._grad_c is not None:
-            self._grad_c[images].baddbmm_(weights.transpose(1, 2), g)
+            self._grad_c[self._here(images)].baddbmm_(weights.transpose(1, 2), g)
 
     def _locals(self, cols: slice) -> Tensor:
         """Local features of some images, (cols, L, K) with a matrix's strides: a view, or staged once per block."""
+        c = self._c[self._here(cols)]
         if not self._p.staged:
-            return self._c[cols]
-        c = self._c[cols]
+            return c
         block = self._buffer("staging", self._staging_images * self._p.L * self._p.K)[: c.numel()].view(c.shape)
         if self._staged != cols:
             block.copy_(c)
@@ -188,8 +190,12 @@ class TorchTiles:
     def _kept_tile(self, rows: slice, cols: slice) -> Tensor:
         """This column block's place among the weights kept for a row block."""
         p = self._p
-        pool = self._buffer("kept", self._plan.row_images * p.P * p.N * p.L)
-        return pool[(rows.stop - rows.start) * p.P * cols.start * p.L :]
+        pool = self._buffer("kept", self._plan.row_images * p.P * p.held * p.L)
+        return pool[(rows.stop - rows.start) * p.P * self._here(cols).start * p.L :]
+
+    def _here(self, images: slice) -> slice:
+        """Where these images are among those whose local features this process has."""
+        return _within(images, self._p.here)
 
     def _tile(self, name: str) -> Tensor:
         p = self._p
