@@ -25,6 +25,7 @@ from oracle import (
     Case,
     Run,
     assert_within_budget,
+    bf16_rounding,
     items,
     loss_of,
     naive,
@@ -192,7 +193,8 @@ def case_lower_precision():
                     dist.all_gather_object(everyone, grads)
                     of_l, of_m, of_scale = zip(*everyone, strict=True)
                     whole = {"l": torch.cat(of_l), "m": torch.cat(of_m), "s": torch.stack(of_scale).sum(0)}
-                    assert_within_budget(estimator, case, Run(loss.detach(), whole))
+                    rounding = bf16_rounding(estimator, case, backend)
+                    assert_within_budget(estimator, case, Run(loss.detach(), whole, rounding))
 
 
 def case_parts_and_reductions():

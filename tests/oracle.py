@@ -248,9 +248,13 @@ def ours(estimator, case, backend="streaming"):
             estimator, l, m, case.self_mask, scale=scale, clip=case.clip, reduction=case.reduction, backend=backend
         )
         run = _differentiate(case, loss, (l, m, scale))
-    if backend == "cpu" and case.problem(estimator).bf16_products:
-        run.rounding = 2 * 2.0**-8  # both, by half a unit of the last place
+    run.rounding = bf16_rounding(estimator, case, backend)
     return run
+
+
+def bf16_rounding(estimator, case, backend):
+    """Of the weights and the scaled summaries, half a unit of the last place each, where bfloat16 is multiplied."""
+    return 2 * 2.0**-8 if backend == "cpu" and case.problem(estimator).bf16_products else 0.0
 
 
 def naive(estimator, case, dtype=F64):
