@@ -55,7 +55,7 @@ class MLPCase:
                 **{name: (self.weight * x.detach()).to(self.critic_dtype) for name, x in critic.named_parameters()},
             }
             exact = {name: x.to(F64) for name, x in leaves.items()}
-            if min(float(z.abs().min()) for z in _layers(exact)[:2]) > 1e-6:
+            if min(float(z.abs().min()) for z in pair_layers(exact)[:2]) > 1e-6:
                 break
         return {name: x.to(dtype or x.dtype).requires_grad_() for name, x in leaves.items()}
 
@@ -67,7 +67,7 @@ class MLPCase:
         return critic
 
 
-def _layers(x):
+def pair_layers(x):
     """Of every pair: both layers before their relu, (N, P, N, L, H), and the score."""
     l, m = x["l"].mT, x["m"].mT  # (N, L, Kc), (N, P, Ky)
     (N, L, _), P = l.shape, m.shape[1]
@@ -88,7 +88,7 @@ def _clipped(case, s):
     return s if case.clip is None else case.clip * (s / case.clip).tanh()
 
 
-def _gradients(case, loss, leaves):
+def gradients_of(case, loss, leaves):
     generator = torch.Generator().manual_seed(case.seed + 1)
     upstream = torch.randn(loss.shape, dtype=F64, generator=generator) + 0.3  # never ones: a dropped factor would pass
     grads = torch.autograd.grad(loss, list(leaves.values()), upstream.to(loss.dtype))
@@ -97,7 +97,9 @@ def _gradients(case, loss, leaves):
 
 def naive(estimator, case, dtype=F64):
     leaves = case.leaves(dtype)
-    return _gradients(case, _reduced(estimator, case, _clipped(case, leaves["scale"] * _layers(leaves)[2])), leaves)
+    return gradients_of(
+        case, _reduced(estimator, case, _clipped(case, leaves["scale"] * pair_layers(leaves)[2])), leaves
+    )
 
 
 def ours(estimator, case, backend="auto", **keywords):
@@ -109,13 +111,13 @@ def ours(estimator, case, backend="auto", **keywords):
             estimator, mine["l"], mine["m"], case.self_mask, scale=mine["scale"], clip=case.clip,
             reduction=case.reduction, backend=backend, critic=critic, **keywords,
         )  # fmt: skip
-        return _gradients(case, loss, mine)
+        return gradients_of(case, loss, mine)
 
 
 def slack(estimator, case):
     """What rounding of layers, scores and sums may cost to first order: of the loss, and of each gradient."""
     leaves = case.leaves(F64)
-    first, second, s = _layers(leaves)
+    first, second, s = pair_layers(leaves)
     s = (leaves["scale"] * s).detach().requires_grad_()
     losses = _reduced(estimator, case, _clipped(case, s))
     (w,) = torch.autograd.grad(losses, s, torch.ones_like(losses) * 3)
@@ -199,7 +201,7 @@ def test_the_reference_backend_is_held_to_the_same_budget(estimator, reduction):
 def test_parts(estimator, reduction):
     case = MLPCase(dtype=F64, critic_dtype=F64, scale=1.0, clip=2.0, reduction=reduction)
     leaves = case.leaves()
-    oracle = torch.stack(parts(estimator, _clipped(case, _layers(leaves)[2]), "official"))
+    oracle = torch.stack(parts(estimator, _clipped(case, pair_layers(leaves)[2]), "official"))
     for backend in (*BACKENDS, "reference"):
         got = loss_of(
             estimator, leaves["l"], leaves["m"], critic=case.critic(leaves), clip=2.0, reduction=reduction,

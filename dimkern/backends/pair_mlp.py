@@ -12,7 +12,6 @@ So a block that waits for its row's sum keeps one truth value a unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,20 +67,21 @@ class PairMLPTiles(TorchTiles):
     def positives(self, images: slice) -> Tensor:
         p = self._p
         scores = torch.empty(images.stop - images.start, p.P, p.L, dtype=p.score_dtype, device=p.device)
-        for chunk in self._own_chunks(images):
-            self._hide(self._g[chunk].unsqueeze(2), self._c[chunk].unsqueeze(1))
-            self._score_hidden(scores[_within(chunk, images)].view(-1))
+        b, a = self._g[images].unsqueeze(2), self._c[images].unsqueeze(1)
+        for chunk in blocks(len(scores), self._plan.row_images * self._plan.col_images):
+            self._hide(b[chunk], a[chunk])
+            self._score_hidden(scores[chunk].view(-1))
         return self._soft_clip(scores)
 
     def weigh(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         statistics = super().weigh(rows, cols)
         outer = self._layer("outer", self._pairs(rows, cols))
-        torch.gt(outer, 0, out=self._kept_units(rows, cols))
+        self._kept_units(rows, cols).copy_(outer)  # outer is never negative; five times as fast as a comparison
         return statistics
 
     def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
         self._hide(*self._block(rows, cols))
-        self._layer("outer", self._pairs(rows, cols)).copy_(self._kept_units(rows, cols))
+        self._layer("outer", self._pairs(rows, cols)).copy_(self._kept_units(rows, cols).view(torch.int8))
         super().accumulate(rows, cols, alpha, own)
 
     def rescale(self, factor: Tensor) -> None:
@@ -93,7 +93,7 @@ class PairMLPTiles(TorchTiles):
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
-        for images in self._own_chunks(slice(0, p.N)):
+        for images in blocks(p.N, min(self._plan.row_images, self._plan.col_images)):
             n = images.stop - images.start
             self._hide(self._g[images].unsqueeze(2), self._c[images].unsqueeze(1))
             self._score_hidden(torch.empty(n * p.P * p.L, dtype=p.score_dtype, device=p.device))
@@ -172,10 +172,6 @@ class PairMLPTiles(TorchTiles):
         p = self._p
         pairs: int = (rows.stop - rows.start) * p.P * (cols.stop - cols.start) * p.L
         return pairs
-
-    def _own_chunks(self, images: slice) -> Iterator[slice]:
-        for chunk in blocks(images.stop - images.start, self._plan.row_images * self._plan.col_images):
-            yield slice(images.start + chunk.start, images.start + chunk.stop)
 
     def _layer(self, name: str, pairs: int) -> Tensor:
         """Scratch for a hidden layer of a tile, (pairs, H)."""
