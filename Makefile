@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test gpu-gates sanitize lint format bench setup-oldest test-oldest clean
+.PHONY: help setup demo reproduce test gpu-gates sanitize lint format bench setup-oldest test-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,13 @@ $(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcar
 
 demo: setup ## train Deep InfoMax on scikit-learn's digits, probe it and draw what it learnt (about a minute)
 	$(BIN)/dimkern train --data digits --objective local --estimator infonce --out runs/demo --overwrite
+
+# BUDGET=smoke takes a minute, BUDGET=full hours; what is done is not done again
+BUDGET ?= hour
+CIFAR ?= data
+reproduce: setup ## the paper's comparison on Fashion-MNIST (and CIFAR-10, if its files are in $(CIFAR)): table, CSV, plots
+	$(BIN)/dimkern reproduce --budget $(BUDGET)
+	if test -e $(CIFAR)/cifar-10-batches-bin; then $(BIN)/dimkern reproduce --budget $(BUDGET) --data cifar10 --data-root $(CIFAR); fi
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -26,7 +26,7 @@ examples:
 REPRODUCE_NOTES = """\
 budgets:
   smoke  about a minute, on digits: checks that everything runs, says little about the methods
-  hour   about an hour on two busy cores: the paper's encoder, 10,000 of the training images, 3 epochs
+  hour   within an hour on two cores: an encoder half as wide as the paper's, 10,000 training images, 2 epochs
   full   several hours on two cores: the paper's encoder, all training images, 2 epochs
 
 A finished row is never done again and an interrupted one goes on: run the same command until all is there. Tables are
