@@ -13,7 +13,7 @@ help: ## list the targets
 setup: $(VENV)/.ready ## make .venv with dimkern and all it needs for development
 
 # torch first and pinned: a looser requirement, or an isolated build, would fetch a CUDA build of several GB
-$(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/cpu/* kernels/include/dimkern/*)
+$(VENV)/.ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/cpu/* kernels/cuda/* kernels/include/dimkern/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel cmake ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'

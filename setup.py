@@ -1,10 +1,12 @@
-"""Metadata is in pyproject.toml; here the native CPU library is built, by CMake, against the torch that is installed.
+"""Metadata is in pyproject.toml; here the native libraries are built, by CMake, against the torch that is installed.
 
-Where torch, CMake or a C++ compiler is missing the package is installed without it: `dimkern doctor` says so,
-and the streaming backend serves.
+Where torch, CMake or a compiler (C++, nvcc for the CUDA library) is missing, or torch has no CUDA, the package is
+installed without them: `dimkern doctor` says so, and the other backends serve.
 """
 
 import importlib.util
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,38 +16,50 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-LIBRARY = "libdimkern_cpu.so"
+LIBRARIES = {"dimkern_cpu": "the native CPU library", "dimkern_cuda": "the CUDA library"}
 
 
 class CMakeBuild(build_ext):
     """Builds one CMake target as a plain shared library: it holds no Python module, torch loads it."""
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split(".")[:-1], LIBRARY))
+        *package, target = fullname.split(".")
+        return str(Path(*package, f"lib{target}.so"))
 
     def build_extension(self, ext):
+        target = ext.name.split(".")[-1]
+        library = LIBRARIES[target]
         torch = importlib.util.find_spec("torch")
         cmake = shutil.which("cmake") or shutil.which("cmake", path=Path(sys.executable).parent)
         if torch is None or cmake is None:
             missing = "torch (install it first, and this package with --no-build-isolation)" if cmake else "cmake"
-            print(f"dimkern: the native CPU library is left out: {missing} is not installed", file=sys.stderr)
+            print(f"dimkern: {library} is left out: {missing} is not installed", file=sys.stderr)
             return
-        build = ROOT / "build" / "native"
+        torch = torch.submodule_search_locations[0]
+        options = []
+        if target == "dimkern_cuda":
+            nvcc = find_nvcc()
+            if nvcc is None or runpy.run_path(str(Path(torch, "version.py")))["cuda"] is None:
+                missing = "torch has no CUDA" if nvcc else "nvcc is not installed"
+                print(f"dimkern: {library} is left out: {missing}", file=sys.stderr)
+                return
+            options = ["-DDIMKERN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        build = ROOT / "build" / target
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        options = [
-            f"-DTORCH_DIR={torch.submodule_search_locations[0]}",
+        options += [
+            f"-DTORCH_DIR={torch}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
             "-DDIMKERN_BUILD_TESTS=OFF",
         ]
         try:
             subprocess.run([cmake, "-S", ROOT, "-B", build, *generator, *options], check=True)
-            subprocess.run([cmake, "--build", build, "--target", "dimkern_cpu", "--parallel"], check=True)
+            subprocess.run([cmake, "--build", build, "--target", target, "--parallel"], check=True)
         except subprocess.CalledProcessError as error:
-            print(f"dimkern: the native CPU library is left out: {error}", file=sys.stderr)
+            print(f"dimkern: {library} is left out: {error}", file=sys.stderr)
             return
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(build / LIBRARY, output)
+        shutil.copyfile(build / f"lib{target}.so", output)
 
     def get_outputs(self):
         return [path for path in super().get_outputs() if Path(path).exists()]
@@ -55,5 +69,13 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
 
 
-library = Extension("dimkern._native.dimkern_cpu", sources=[], optional=True)
-setup(ext_modules=[library], cmdclass={"build_ext": CMakeBuild})
+def find_nvcc():
+    """CUDA's compiler: in $CUDACXX, on the PATH, or where $CUDA_HOME or the toolkit's own installer put it."""
+    homes = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    return shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which(
+        "nvcc", path=os.pathsep.join(map(str, homes))
+    )
+
+
+libraries = [Extension(f"dimkern._native.{target}", sources=[], optional=True) for target in LIBRARIES]
+setup(ext_modules=libraries, cmdclass={"build_ext": CMakeBuild})

@@ -22,7 +22,7 @@ from .plan import (
     format_bytes,
     plan_for,
     score_dtype_of,
-    too_small_for_cpu,
+    unfit,
     why_not,
 )
 from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
@@ -80,9 +80,7 @@ def explain(
         + ("built, more than once" if chosen == "reference" else "never built"),
         f"backend: {plan.backend if plan else chosen}",
     ]
-    reasons = {name: why_not(name, c.device, kind, dtype) for name in BACKENDS}
-    if plan is not None and plan.backend != chosen:
-        reasons[chosen] = too_small_for_cpu(p, budget)
+    reasons = {name: unfit(name, p, budget) for name in BACKENDS}
     lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
     return "\n".join(lines if plan is None else lines + _plan_lines(plan))
 

@@ -168,7 +168,7 @@ def mma_rate(p: Problem, chip: Chip) -> float:
 
 def precision() -> str:
     """How float32 operands are multiplied: torch's own choice for its matrix products, "ieee" or "tf32"."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @lru_cache

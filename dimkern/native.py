@@ -1,4 +1,4 @@
-"""The native CPU library: loaded when dimkern is imported, or the reason why not."""
+"""The native libraries for CPUs and for CUDA: loaded when dimkern is imported, or the reason why not."""
 
 from __future__ import annotations
 
@@ -8,23 +8,38 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).parent / "_native" / "libdimkern_cpu.so"
+_FOLDER = Path(__file__).parent / "_native"
 
 
-def _load() -> str | None:
-    if not _LIBRARY.exists():
+def _load(kind: str, needs: str) -> str | None:
+    library = _FOLDER / f"libdimkern_{kind.lower()}.so"
+    if not library.exists():
         return (
-            "the native CPU library was not built; with a C++ compiler, cmake and torch installed, "
+            f"the native {kind} library was not built; with {needs} installed, "
             "reinstall dimkern with pip install --no-build-isolation"
         )
     try:
-        torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
-        return f"the native CPU library does not load: {error}"
+        return f"the native {kind} library does not load: {error}"
     return None
 
 
-WHY_NOT_LOADED = _load()
+WHY_NOT_LOADED = _load("CPU", "a C++ compiler, cmake and torch")
+_CUDA_NOT_LOADED = _load("CUDA", "nvcc (CUDA 12 or later), cmake and a torch with CUDA")
+if _CUDA_NOT_LOADED is None:
+    _CUDA_NOT_LOADED = str(torch.ops.dimkern_cuda.why_not.default()) or None
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """None if the CUDA library can run on a device, else the reason."""
+    if _CUDA_NOT_LOADED is not None:
+        return _CUDA_NOT_LOADED
+    if device.type != "cuda":
+        return f"the tensors are on {device}, not on an NVIDIA GPU"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0, whose tensor cores it needs"
+    return None
 
 
 @lru_cache(maxsize=1)

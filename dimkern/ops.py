@@ -22,9 +22,10 @@ from torch import Tensor
 
 from . import streaming
 from .backends.cpu import CpuTiles
+from .backends.cuda import CudaTiles, chain
 from .backends.torch import TorchTiles
 from .config import memory_budget
-from .plan import Plan, describe, plan_for, score_dtype_of
+from .plan import Plan, describe, plan_for, score_dtype_of, why_not
 
 _library = torch.library.Library("dimkern", "DEF")
 _library.define(
@@ -70,6 +71,7 @@ _TILES: dict[str, Callable[[], Callable[..., streaming.Tiles]]] = {
     "streaming": lambda: TorchTiles,
     "cpu": lambda: CpuTiles,
     "triton": _triton_tiles,
+    "cuda": lambda: CudaTiles,
 }
 
 
@@ -195,12 +197,24 @@ class _MeanLoss(torch.autograd.Function):
         if d_loss is None:  # a later function that gives no gradient
             return (None,) * ctx.inputs
         g, scale, c, grad_c, grad_h = ctx.saved_tensors
+        if _in_one_launch(ctx, grad_c, g, d_loss):
+            by_c, by_g, by_scale = ctx.needs_input_grad[1:4]
+            d_c, d_g = chain(grad_c, grad_h, d_loss, scale, g.dtype)
+            d_scale = ((grad_h * g).sum() * d_loss).to(scale.dtype) if by_scale else None
+            return None, d_c if by_c else None, d_g if by_g else None, d_scale, *[None] * (ctx.inputs - 4)
         if not _leaves_as_it_is(d_loss):
             grad_c, grad_h = grad_c * d_loss, grad_h * d_loss
         gradients = _by_inputs(ctx.needs_input_grad[1:4], grad_c, grad_h, ctx.c_dtype, g, scale)
         if torch.is_grad_enabled():
             gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
         return None, *gradients, *[None] * (ctx.inputs - 4)
+
+
+def _in_one_launch(ctx, grad_c, g, d_loss):
+    """Whether the CUDA library can close the gradients: of real numbers, that nothing will differentiate again."""
+    plain = type(d_loss) is Tensor and not torch.is_grad_enabled()
+    dtypes = ctx.c_dtype == g.dtype and grad_c.dtype == torch.float32
+    return plain and dtypes and why_not("cuda", grad_c.device) is None
 
 
 def _below_autograd(keyset, *arguments):

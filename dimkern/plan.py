@@ -15,7 +15,7 @@ from torch import Tensor
 from . import gpu_plan
 from .estimators import REGISTRY, Estimator
 from .gpu import Chip, chip_of
-from .native import WHY_NOT_LOADED, multiplies_bf16, warn_once
+from .native import WHY_NOT_LOADED, multiplies_bf16, warn_once, why_not_cuda
 
 BACKENDS = ("cuda", "triton", "cpu", "streaming", "reference")  # in the order "auto" tries them
 
@@ -28,6 +28,8 @@ _MOST_ROW_BLOCKS = 64
 # Of the native library, whatever its instruction set: rows of a strip, columns of a panel at least and at
 # most, elements of a thread's tile.
 _NATIVE_LANES, _NATIVE_PANELS, _NATIVE_TILE = 32, (120, 240), 150_000
+# Of the CUDA library: the largest batch that its small tiles suit, columns of a panel, bytes that rows are padded to.
+_MOST_CUDA_IMAGES, _CUDA_PANEL, _CUDA_PADDING = 512, 64, 16
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
@@ -213,7 +215,8 @@ def why_not(
         found = "its kernels have no float64" if score_dtype == torch.float64 else chip_of(device)
         return f"{found}; the streaming backend serves instead" if isinstance(found, str) else None
     if backend == "cuda":
-        return f"the {backend} backend is not part of this release; the streaming backend serves instead"
+        reason = why_not_cuda(device)
+        return reason and f"{reason}; the streaming backend serves instead"
     raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, sorted(BACKENDS)))}")
 
 
@@ -243,6 +246,8 @@ def make_plan(problem: Problem, budget: int, backend: str = "streaming") -> Plan
     p = problem
     if p.critic == "pair_mlp":
         return _pair_mlp_plan(p, budget, backend)
+    if backend == "cuda":
+        return Plan(p, backend, "rows outside", p.N, p.N, budget, _cuda_bytes(p))
     footprint, widest = {"streaming": (_streaming_bytes, _cached_tile), "cpu": (_cpu_bytes, _all_columns)}[backend]
 
     def plan(order: str, row_images: int, col_images: int) -> Plan:
@@ -336,18 +341,53 @@ def plan_on_chip(problem: Problem, budget: int, chip: Chip) -> Plan:
 
 def plan_for(problem: Problem, budget: int, backend: str) -> Plan:
     """The plan of the backend asked for; "auto": of the first one that can serve and whose plan fits."""
-    chosen = choose_backend(backend, problem.device, problem.critic, problem.score_dtype)
+    if backend == "auto":
+        chosen = next(name for name in BACKENDS if unfit(name, problem, budget) is None)
+    else:
+        chosen = choose_backend(backend, problem.device, problem.critic, problem.score_dtype)
+        if chosen == "cuda" and (reason := cuda_cannot(problem, budget)):
+            raise ValueError(f"backend is 'cuda': {reason}")
     if problem.critic != "dot":
         return make_plan(problem, budget, chosen)
     if chosen == "triton":
         chip = chip_of(problem.device)
         assert isinstance(chip, Chip), chip  # or it would not have been chosen
         return plan_on_chip(problem, budget, chip)
-    if backend == "auto" and chosen == "cpu" and too_small_for_cpu(problem, budget):
-        chosen = "streaming"
-    elif backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
-        warn_once(str(why_not("cpu", problem.device)))
+    if backend == "auto" and chosen == "streaming" and problem.device.type == "cpu":
+        reason = why_not("cpu", problem.device)
+        if reason is not None:
+            warn_once(reason)
     return make_plan(problem, budget, chosen)
+
+
+def unfit(backend: str, problem: Problem, budget: int) -> str | None:
+    """Why "auto" passes over a backend for this problem; None if it does not."""
+    p = problem
+    reason = why_not(backend, p.device, p.critic, p.score_dtype)
+    if reason is not None or backend not in ("cpu", "cuda"):
+        return reason
+    if backend == "cpu":
+        return too_small_for_cpu(p, budget)
+    if p.N > _MOST_CUDA_IMAGES:
+        return f"its tiles are for small batches, N up to {_MOST_CUDA_IMAGES}; N is {p.N}"
+    if p.weights_known:
+        return "its kernels make mean losses; other reductions it would leave to the streaming backend's products"
+    return cuda_cannot(p, budget)
+
+
+def cuda_cannot(problem: Problem, budget: int) -> str | None:
+    """Why the CUDA library, where the device is right for it, cannot serve this problem; None if it can."""
+    p = problem
+    if p.score_dtype == torch.float64:
+        return "its kernels have no float64"
+    if p.dtype != p.summaries_dtype:
+        return f"its kernels take inputs of one dtype; l is {p.dtype}, m is {p.summaries_dtype}"
+    if p.dtype == torch.float32 and gpu_plan.precision() != "tf32":
+        return "its kernels round products of float32 to tf32, which torch.backends.cuda.matmul rules out"
+    least = _cuda_bytes(p)
+    if least > budget:
+        return f"it takes the batch as a whole: {format_bytes(least)}, the memory budget is {format_bytes(budget)}"
+    return None
 
 
 @lru_cache(maxsize=256)
@@ -403,6 +443,17 @@ def _pair_mlp_bytes(p: Problem, row_images: int, col_images: int, kept: bool) ->
     kept_bytes = rows * p.held * p.L * (p.K + p.itemsize) if kept else 0
     reduced = (rows + cols) * p.K * p.itemsize if p.needs_grad else 0
     return _common_bytes(p, rows, col_images) + scores + layers + weights + kept_bytes + reduced
+
+
+def _cuda_bytes(p: Problem) -> int:
+    if p.weights_known:
+        return _streaming_bytes(p, p.N, p.N, False)
+    itemsize, wide = p.dtype.itemsize, _CUDA_PADDING // p.dtype.itemsize
+    rows, cols, K = p.rows, p.N * p.L, -(-p.K // wide) * wide
+    copies = (cols + 2 * rows) * K * itemsize  # features as wide rows, alpha∘G
+    weights = rows * (-(-cols // wide) * wide) * itemsize if p.needs_grad else 0
+    statistics = rows * (2 * -(-cols // _CUDA_PANEL) + p.L + 3) * 4
+    return copies + weights + statistics
 
 
 def own_images(p: Problem) -> int:

@@ -220,6 +220,7 @@ class Run:
     loss: torch.Tensor
     grads: dict[str, torch.Tensor]
     rounding: float = 0.0  # relative, of the weights and scaled summaries that the gradient products read
+    scores_rounding: float | None = None  # of scores and sums; None: the score dtype's
 
 
 def loss_of(estimator, l, m, self_mask="official", **keywords):
@@ -268,7 +269,7 @@ def _reduce(losses, case):
     return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[case.reduction]()
 
 
-def slack(estimator, case, rounding=0.0):
+def slack(estimator, case, rounding=0.0, scores_rounding=None):
     """What rounding of scores and sums, and of weights, may cost to first order: of the loss, and of each gradient."""
     l, m, scale = (x.detach().double() for x in case.tensors())
     s = pair_scores(l, m, scale, case.clip, F64).requires_grad_()
@@ -277,7 +278,7 @@ def slack(estimator, case, rounding=0.0):
     w = w.abs() + w.abs().mean()
     c, g = l.flatten(2).abs(), m.reshape(len(m), m.shape[1], -1).abs()
     largest = (scale.abs() * torch.einsum("ikp,jkl->ipjl", g, c)).max()
-    unit = torch.finfo(case.score_dtype).eps * (8 + 4 * float(largest))
+    unit = (scores_rounding or torch.finfo(case.score_dtype).eps) * (8 + 4 * float(largest))
 
     positives, negatives = split(s.detach())
     if estimator in DIVERGENCES:
@@ -297,7 +298,7 @@ def slack(estimator, case, rounding=0.0):
 def assert_within_budget(estimator, case, got: Run):
     """|ours - f64| <= |eager in the same dtype - f64| + what rounding may cost, everywhere."""
     oracle, eager = naive(estimator, case), naive(estimator, case, case.score_dtype)
-    of_loss, of_grads = slack(estimator, case, got.rounding)
+    of_loss, of_grads = slack(estimator, case, got.rounding, got.scores_rounding)
     assert got.loss.dtype == case.score_dtype
     _assert_close("loss", got.loss, eager.loss, oracle.loss, of_loss)
     for name, x in zip("lms", case.tensors(), strict=True):
