@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -55,9 +57,9 @@ def _chip(driver: Any, maker: str, arch: int, index: int) -> Chip:
 
 
 def _driver(device: torch.device) -> Any:
+    if not INSTALLED:
+        return "Triton is not installed"
     if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:  # a search of the disk: not for every loss on a CPU
-            return "Triton is not installed"
         from triton.runtime.driver import driver
 
         try:

@@ -69,6 +69,7 @@ class GpuChoice:
     tile: Tile
     seconds: float  # predicted for loss and gradients
     floor: float  # predicted for the three (or fewer) products alone
+    few_launches: bool = False  # they are what costs: one product more over the pairs, a third of the launches
 
 
 def tiles_for(chip: Chip, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -93,7 +94,9 @@ def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> i
     return weights + partial + staged + products + summaries + statistics
 
 
-def predict(p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int, kept: bool) -> tuple[float, float]:
+def predict(
+    p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int, kept: bool, few_launches: bool = False
+) -> tuple[float, float]:
     """Seconds for loss and gradients, and those of the chip's own work: all there is where the host is quick enough."""
     rows, cols = row_images * p.P, col_images * p.L
     row_blocks, col_blocks = -(-p.N // row_images), -(-p.N // col_images)
@@ -114,13 +117,13 @@ def predict(p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int
     read = (locals_ + summaries) * item
     block, launches = kernel(score, read + pairs * weight * p.needs_grad), 6
     product, operands = pairs * p.K / mma, (pairs + locals_ + summaries) * weight
-    if p.needs_grad and not (kept or p.row.family == "pointwise" or p.weights_known):
+    if p.needs_grad and (few_launches or not (kept or p.row.family == "pointwise" or p.weights_known)):
         block, launches = block + kernel(score, read), launches + 6
     if p.grad_summaries:
         block += kernel(product, operands + summaries * (4 if col_blocks == 1 else 12))
     if p.grad_locals:
         block += kernel(product, operands + locals_ * (4 if row_blocks == 1 else 8))
-    launches = 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
+    launches = 8 if few_launches else 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
 
     features = p.N * p.L * p.K
     seconds = blocks * block + features * item / chip.bandwidth  # and once for the own-image pairs
@@ -156,6 +159,11 @@ def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, 
                 for tile in tiles_for(chip, p.operand_dtype):
                     seconds = predict(p, chip, tile, row_images, col_images, kept)
                     yield seconds, scratch, order, row_images, col_images, GpuChoice(chip, tile, seconds[0], least)
+    scratch = scratch_bytes(p, p.N, p.N, False)
+    if p.needs_grad and not p.weights_known and p.row.family != "global_lse" and scratch <= budget:
+        for tile in tiles_for(chip, p.operand_dtype):
+            seconds = predict(p, chip, tile, p.N, p.N, False, few_launches=True)
+            yield seconds, scratch, "columns outside", p.N, p.N, GpuChoice(chip, tile, seconds[0], least, True)
 
 
 def mma_rate(p: Problem, chip: Chip) -> float:

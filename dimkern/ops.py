@@ -189,7 +189,7 @@ class _MeanLoss(torch.autograd.Function):
         # c only where nothing else would tell a second derivative what it is asked for
         ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[2:4]) else c, *output[3:])
         ctx.c_dtype = c.dtype
-        ctx.inputs = 4 + len(choices)
+        ctx.inputs, ctx.backend = 4 + len(choices), choices[-1]
         return output
 
     @staticmethod
@@ -197,9 +197,10 @@ class _MeanLoss(torch.autograd.Function):
         if d_loss is None:  # a later function that gives no gradient
             return (None,) * ctx.inputs
         g, scale, c, grad_c, grad_h = ctx.saved_tensors
-        if _in_one_launch(ctx, grad_c, g, d_loss):
+        close = _in_one_launch(ctx, grad_c, g, d_loss)
+        if close is not None:
             by_c, by_g, by_scale = ctx.needs_input_grad[1:4]
-            d_c, d_g = chain(grad_c, grad_h, d_loss, scale, g.dtype)
+            d_c, d_g = close(grad_c, grad_h, d_loss, scale, ctx.c_dtype, g.dtype)
             d_scale = ((grad_h * g).sum() * d_loss).to(scale.dtype) if by_scale else None
             return None, d_c if by_c else None, d_g if by_g else None, d_scale, *[None] * (ctx.inputs - 4)
         if not _leaves_as_it_is(d_loss):
@@ -211,10 +212,17 @@ class _MeanLoss(torch.autograd.Function):
 
 
 def _in_one_launch(ctx, grad_c, g, d_loss):
-    """Whether the CUDA library can close the gradients: of real numbers, that nothing will differentiate again."""
-    plain = type(d_loss) is Tensor and not torch.is_grad_enabled()
-    dtypes = ctx.c_dtype == g.dtype and grad_c.dtype == torch.float32
-    return plain and dtypes and why_not("cuda", grad_c.device) is None
+    """What closes the gradients with a kernel of ours: of real numbers, that nothing will differentiate again; or None."""
+    plain = type(d_loss) is Tensor and not torch._C._functorch.is_batchedtensor(d_loss)
+    if not plain or torch.is_grad_enabled() or grad_c.dtype != torch.float32:
+        return None
+    if ctx.c_dtype == g.dtype and why_not("cuda", grad_c.device) is None:
+        return lambda grad_c, grad_h, d_loss, scale, _, dtype: chain(grad_c, grad_h, d_loss, scale, dtype)
+    if ctx.backend in ("auto", "triton") and why_not("triton", grad_c.device) is None:
+        from .backends.triton.backward import apply_upstream
+
+        return apply_upstream
+    return None
 
 
 def _below_autograd(keyset, *arguments):

@@ -1,12 +1,11 @@
 """The plan on a GPU, which needs none: chips are data."""
 
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
 
-from dimkern import gpu_plan
+from dimkern import gpu, gpu_plan
 from dimkern.estimators import REGISTRY
 from dimkern.plan import Problem, plan_on_chip, why_not
 
@@ -79,8 +78,5 @@ def test_reasons(monkeypatch):
     """Why Triton does not serve, in words; every one says what does."""
     assert "no float64" in why_not("triton", CUDA, score_dtype=torch.float64)
     assert "on cpu, not on a GPU" in why_not("triton", CPU)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else found(name, *rest)
-    )
+    monkeypatch.setattr(gpu, "INSTALLED", False)
     assert why_not("triton", CUDA) == "Triton is not installed; the streaming backend serves instead"

@@ -112,6 +112,9 @@ class _Driver:
             "max_num_regs": 65536,
             "multiprocessor_count": self.gpu.multiprocessors,
             "warpSize": 32,
+            "sm_clock_rate": 1755000,
+            "mem_clock_rate": 2619000,
+            "mem_bus_width": 5120,
         }
 
     def launcher_cls(self, source, metadata) -> None:

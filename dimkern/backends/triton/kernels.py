@@ -3,28 +3,30 @@
 The kernels never name an estimator: its psi and phi come as functions (`estimators.py`), and a new row of the registry
 changes nothing here. Sums leave as one partial for each tile, so that the order they are added in is fixed: no atomics.
 Row and column indices are relative to the block of pairs; its columns begin `shift` images after its rows. Matrices
-have rows of `stride` elements, K of them features, and both are multiples of 16.
+have rows of `stride` elements, K of them features, and both are multiples of 16. Nothing is specialised for what
+differs from block to block: a block at 1 would have a constant there, and one at a multiple of 16 another kernel.
 """
 
 import triton
 import triton.language as tl
 
-from .math import tanh
+from .math import exp, log1p, sigmoid, softplus, tanh
 
 NO_SCORE = tl.constexpr(float("-inf"))
 EMPTY, FULL = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)  # sums of psi between which a row's reference served
 
 
-@triton.jit
-def score_map(g, c, scale_ptr, ref_ptr, gain_ptr, e, psi_ptr, top_ptr,
+@triton.jit(do_not_specialize=["shift"])
+def score_map(g, c, scale_ptr, ref_ptr, gain_ptr, own_ptr, e, psi_ptr, top_ptr,
               g_stride, c_stride, e_stride, R, M, K, P, L, shift, clip,
               PSI: tl.constexpr, PHI: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, KEEP: tl.constexpr,
-              GAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-              TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              GAIN: tl.constexpr, OWN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+              GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile: its row sums of psi, and with KEEP the weights phi, with GAIN gain * phi, in e (R, e_stride).
 
     With KEEP the reference of a log-sum-exp row is given. Without, it is the tile's own maximum, which goes to
-    `top`. Weights of own-image pairs are left as they come: `write_own` overwrites them.
+    `top`. Weights of own-image pairs are, with OWN, those of own (R, L); without, they are left as they come, for
+    `write_own` to overwrite.
     """
     tile_row, tile_col = tile_of(R, M, BM, BN, GROUP)
     row, col = tile_row * BM, tile_col * BN
@@ -51,12 +53,12 @@ def score_map(g, c, scale_ptr, ref_ptr, gain_ptr, e, psi_ptr, top_ptr,
         gain = tl.load(gain_ptr + rows, mask=rows < R, other=0.0)
     sums = tl.zeros((BM,), tl.float32)
     for i in tl.static_range(4):
-        sums += map_part(parts[i], row, col + i * (BN // 4), first, ref, gain, ragged, clip, e, e_stride, R, M, L,
-                         PSI, PHI, LSE, CLIP, KEEP, GAIN)  # fmt: skip
+        sums += map_part(parts[i], row, col + i * (BN // 4), first, ref, gain, ragged, clip, own_ptr, e, e_stride,
+                         R, M, L, PSI, PHI, LSE, CLIP, KEEP, GAIN, OWN)  # fmt: skip
     tl.store(psi_ptr + at, sums, mask=rows < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "shift"])
 def close_rows(g, c, scale_ptr, ref_ptr, e, psi_ptr, sum_ptr, T,
                g_stride, c_stride, e_stride, R, M, K, P, L, shift, clip,
                PSI: tl.constexpr, PHI: tl.constexpr, CLIP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -84,13 +86,13 @@ def close_rows(g, c, scale_ptr, ref_ptr, e, psi_ptr, sum_ptr, T,
         sums = tl.zeros((BM,), tl.float32)
         for col in range(0, M, BN):
             s = score_tile(g, c, row, col, g_stride, c_stride, R, M, K, scale, BM, BN, BK, False, PRECISION)
-            sums += map_part(s, row, col, first, ref, ref, True, clip, e, e_stride, R, M, L,
-                             PSI, PHI, True, CLIP, True, False)  # fmt: skip
+            sums += map_part(s, row, col, first, ref, ref, True, clip, e, e, e_stride, R, M, L,
+                             PSI, PHI, True, CLIP, True, False, False)  # fmt: skip
         tl.store(ref_ptr + rows, ref, mask=rows < R)
     tl.store(sum_ptr + rows, sums, mask=rows < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_image"])
 def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, first_image, clip,
                CLIP: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """A row against its own image's locations: the scores, (N, P, L), and the largest, (N, P).
@@ -102,21 +104,110 @@ def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, fir
     top = tl.full((BL,), NO_SCORE, tl.float32)
     for first in range(0, L, BL):
         locations = first + tl.arange(0, BL)
-        columns = image.to(tl.int64) * L + locations
-        products = tl.zeros((BL, BK), tl.float32)
-        for k in range(0, K, BK):
-            channels = k + tl.arange(0, BK)
-            x = tl.load(g + row * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32)
-            inside = (locations < L)[:, None] & (channels < K)[None, :]
-            y = tl.load(c + columns[:, None] * c_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
-            products += x[None, :] * y
-        s = soft_clip(tl.sum(products, 1) * scale, clip, CLIP)
+        s = soft_clip(own_products(g, c, row, image, locations, g_stride, c_stride, L, K, BL, BK) * scale, clip, CLIP)
         tl.store(s_ptr + row * L + locations, s, mask=locations < L)
         top = tl.maximum(top, tl.where(locations < L, s, NO_SCORE))
     tl.store(top_ptr + row, tl.max(top, 0))
 
 
+@triton.jit(do_not_specialize=["T"])
+def finish_rows(g, c, scale_ptr, psi_ptr, top_ptr, s_ptr, negative_ptr, own_ptr, ref_ptr, gain_ptr, loss_ptr, scaled,
+                T, g_stride, c_stride, R, P, L, K, log_kappa, pairs, clip,
+                F: tl.constexpr, DF: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, BT: tl.constexpr,
+                BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Close a row of the mean loss (estimators.py): from the partial statistics of all its negatives, `pairs` of them,
+
+    its negative term; of its positives the scores and the weights; what its negatives' weights need (ref, gain); its
+    share of the loss; and scale * G for the locals' gradient, a row of `scaled`.
+    """
+    row = tl.program_id(0)
+    tiles = tl.arange(0, BT)
+    each = 1.0 / (R.to(tl.float32) * L)
+    scale = tl.load(scale_ptr)
+    ref = 0.0
+    if LSE:
+        top = tl.full((BT,), NO_SCORE, tl.float32)
+        for t in range(0, T, BT):
+            top = tl.maximum(top, tl.load(top_ptr + (t + tiles) * R + row, mask=t + tiles < T, other=NO_SCORE))
+        ref = finite(tl.max(top, 0))
+    sums = tl.zeros((BT,), tl.float32)
+    for t in range(0, T, BT):
+        psi = tl.load(psi_ptr + (t + tiles) * R + row, mask=t + tiles < T, other=0.0)
+        if LSE:
+            psi *= exp(tl.load(top_ptr + (t + tiles) * R + row, mask=t + tiles < T, other=NO_SCORE) - ref)
+        sums += psi
+    if LSE:
+        log_sum = ref + tl.log(tl.sum(sums, 0))
+        high, low = tl.maximum(log_sum, log_kappa), tl.minimum(log_sum, log_kappa)
+        negative = tl.where(high == NO_SCORE, NO_SCORE, high + log1p(exp(low - high)))
+        ref = tl.where(negative == NO_SCORE, 0.0, negative)
+    else:
+        negative = tl.sum(sums, 0) / pairs
+
+    image = row // P
+    items = tl.zeros((BL,), tl.float32)
+    gains = tl.zeros((BL,), tl.float32)
+    for first in range(0, L, BL):
+        locations = first + tl.arange(0, BL)
+        s = soft_clip(own_products(g, c, row, image, locations, g_stride, c_stride, L, K, BL, BK) * scale, clip, CLIP)
+        if LSE:
+            item = softplus(negative - s)
+            weight = sigmoid(negative - s) * each
+            gains += tl.where(locations < L, weight, 0.0)
+        else:
+            item = -F(s)
+            weight = tl.zeros((BL,), tl.float32) + DF(s) * each
+        items += tl.where(locations < L, item, 0.0)
+        if CLIP:
+            weight *= slope(s, clip)
+        at = row.to(tl.int64) * L + locations
+        tl.store(s_ptr + at, s, mask=locations < L)
+        tl.store(own_ptr + at, -weight, mask=locations < L)
+    loss = tl.sum(items, 0) * each
+    gain = tl.sum(gains, 0)
+    if not LSE:
+        loss += negative / R
+        gain = 1.0 / (R * pairs)
+    tl.store(loss_ptr + row, loss)
+    tl.store(negative_ptr + row, negative)
+    tl.store(ref_ptr + row, ref)
+    tl.store(gain_ptr + row, gain)
+    for k in range(0, K, BK):
+        channels = k + tl.arange(0, BK)
+        x = tl.load(g + row.to(tl.int64) * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32) * scale
+        tl.store(scaled + row.to(tl.int64) * K + channels, x.to(scaled.dtype.element_ty), mask=channels < K)
+
+
 @triton.jit
+def own_products(g, c, row, image, locations, g_stride, c_stride, L, K, BL: tl.constexpr, BK: tl.constexpr):
+    """<G_row, C> of some locations of an image, (BL,), in float32."""
+    products = tl.zeros((BL, BK), tl.float32)
+    columns = image.to(tl.int64) * L + locations
+    for k in range(0, K, BK):
+        channels = k + tl.arange(0, BK)
+        x = tl.load(g + row.to(tl.int64) * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32)
+        inside = (locations < L)[:, None] & (channels < K)[None, :]
+        y = tl.load(c + columns[:, None] * c_stride + channels[None, :], mask=inside, other=0.0).to(tl.float32)
+        products += x[None, :] * y
+    return tl.sum(products, 1)
+
+
+@triton.jit
+def apply_upstream(grad_c, c_out, c_count, grad_h, g_out, g_count, upstream_ptr, scale_ptr, BLOCK: tl.constexpr):
+    """The saved float32 gradients times the upstream scalar, by g also times scale, in the dtypes of the inputs."""
+    upstream = tl.load(upstream_ptr).to(tl.float32)
+    c_blocks = tl.cdiv(c_count, BLOCK)
+    if tl.program_id(0) < c_blocks:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(grad_c + i, mask=i < c_count, other=0.0) * upstream
+        tl.store(c_out + i, x.to(c_out.dtype.element_ty), mask=i < c_count)
+    else:
+        i = (tl.program_id(0) - c_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(grad_h + i, mask=i < g_count, other=0.0) * (upstream * tl.load(scale_ptr).to(tl.float32))
+        tl.store(g_out + i, x.to(g_out.dtype.element_ty), mask=i < g_count)
+
+
+@triton.jit(do_not_specialize=["shift", "first_image"])
 def write_own(e, own_ptr, s_ptr, e_stride, P, L, shift, first_image, clip, CLIP: tl.constexpr, BL: tl.constexpr):
     """Put the weights of own-image pairs, (images, P, L), into a kept block.
 
@@ -184,9 +275,9 @@ def halves(s):
 
 
 @triton.jit
-def map_part(s, row, col, first, ref, gain, ragged, clip, e, e_stride, R, M, L,
+def map_part(s, row, col, first, ref, gain, ragged, clip, own_ptr, e, e_stride, R, M, L,
              PSI: tl.constexpr, PHI: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, KEEP: tl.constexpr,
-             GAIN: tl.constexpr):  # fmt: skip
+             GAIN: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
     """Map some columns of a tile: the row sums of psi, (BM,); with KEEP the weights go to e."""
     cols = col + tl.arange(0, s.shape[1])
     s = soft_clip(s, clip, CLIP)
@@ -202,6 +293,10 @@ def map_part(s, row, col, first, ref, gain, ragged, clip, e, e_stride, R, M, L,
         if GAIN:
             phi *= gain[:, None]
         rows = row + tl.arange(0, s.shape[0])
+        if OWN and ragged:
+            d = cols[None, :] - first[:, None]
+            own = (d >= 0) & (d < L) & (rows < R)[:, None]
+            phi = tl.where(own, tl.load(own_ptr + rows[:, None] * L + d, mask=own, other=0.0), phi)
         inside = (rows < R)[:, None] & (cols < e_stride)[None, :]
         tl.store(e + rows[:, None].to(tl.int64) * e_stride + cols[None, :], phi.to(e.dtype.element_ty), mask=inside)
     return tl.sum(psi, 1)

@@ -7,6 +7,8 @@ is float32 from its sum on.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -41,7 +43,7 @@ class TritonTiles:
         self._weight = p.weight_dtype
         self._scale = scale.to(torch.float32)
         self._g = padded_matrix(g.flatten(0, 1), self._operand)  # (R, K rounded up)
-        self._scaled = g.flatten(0, 1).float().mul_(self._scale) if grad_c is not None else None  # (R, K)
+        self._scaled: Tensor | None = None
         self._staged: tuple[slice, Tensor] | None = None
         self._own: tuple[Tensor, Tensor] | None = None
         self._kept: dict[int, Tensor] = {}
@@ -58,7 +60,7 @@ class TritonTiles:
         return self._own_scores()[0][images]
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        top, partial = self._score_map(rows, cols, None, None, None)
+        top, partial = self._score_map(rows, cols)
         if not self._lse:
             sums = self._per_row(partial.sum(0, dtype=torch.float64))
             return torch.zeros_like(sums), sums
@@ -75,7 +77,7 @@ class TritonTiles:
             ref = self._own_scores()[1][rows].clone()
         else:
             ref = torch.zeros(rows.stop - rows.start, p.P, dtype=torch.float32, device=p.device)
-        _, partial = self._score_map(rows, cols, e, ref, None)
+        _, partial = self._score_map(rows, cols, e, ref)
         sums = self._close_rows(rows, cols, e, ref, partial) if self._lse else partial.sum(0, dtype=torch.float64)
         return ref, self._per_row(sums)
 
@@ -100,7 +102,33 @@ class TritonTiles:
         return self._per_row(partial.sum(0, dtype=torch.float64))
 
     def whole(self, kappa: float) -> tuple[Tensor, Scores] | None:
-        return None
+        """In as few launches as can be: statistics, finish, weights, two products."""
+        p = self._p
+        assert self._plan.gpu is not None
+        if not self._plan.gpu.few_launches:
+            return None
+        everything = slice(0, p.N)
+        c, e = self._locals(everything), self._kept_block(everything, everything)
+        top, partial = self._score_map(everything, everything)
+        f32 = {"dtype": torch.float32, "device": p.device}
+        scores, own = torch.empty(2, p.N, p.P, p.L, **f32)
+        negatives, ref, gain, losses = torch.empty(4, p.N, p.P, **f32)
+        scaled = torch.empty(p.rows, self._g.shape[1], dtype=self._weight, device=p.device)
+        with torch.cuda.device_of(c):
+            kernels.finish_rows[(p.rows,)](
+                self._g, c, self._scale, partial, top, scores, negatives, own, ref, gain, losses, scaled,
+                partial.shape[0], self._g.stride(0), c.stride(0), p.rows, p.P, p.L, c.shape[1],
+                math.log(kappa) if kappa else -math.inf, float((p.N - 1) * p.L), p.clip or 0.0,
+                F=getattr(estimators, f"{p.estimator}_f"), DF=getattr(estimators, f"{p.estimator}_df"),
+                LSE=self._lse, CLIP=p.clip is not None, BT=32, BL=16, BK=128, num_warps=4,
+            )  # fmt: skip
+        self._score_map(everything, everything, e, ref, gain, own)
+        e = e[:, : p.N * p.L]
+        if self._grad_h is not None:
+            add_product(self._grad_h.flatten(0, 1), e, c[:, : p.K].to(self._weight), add=False)
+        if self._grad_c is not None:
+            add_product(self._grad_c.flatten(0, 1), e.t(), scaled[:, : p.K], add=False)
+        return losses.sum(), Scores(scores, negatives)
 
     def rescale(self, factor: Tensor) -> None:
         for gradient in (self._grad_c, self._grad_h):
@@ -109,7 +137,7 @@ class TritonTiles:
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
-        g = self._g[:, : p.K].float().mul_(self._scale).view(p.N, p.P, p.K)
+        g = self._scaled_summaries().view(p.N, p.P, p.K)
         for cols in blocks(p.N, self._plan.col_images):
             weights = own[cols].float()
             c = self._locals(cols)[:, : p.K].float().view(-1, p.L, p.K)
@@ -121,7 +149,13 @@ class TritonTiles:
                 self._grad_c[cols].baddbmm_(weights.mT, g[cols])
 
     def _score_map(
-        self, rows: slice, cols: slice, e: Tensor | None, ref: Tensor | None, gain: Tensor | None
+        self,
+        rows: slice,
+        cols: slice,
+        e: Tensor | None = None,
+        ref: Tensor | None = None,
+        gain: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Launch a block's tiles: their references, where none are given, and row sums of psi, (column tiles, rows)."""
         p, g, c = self._p, self._rows(rows), self._locals(cols)
@@ -133,10 +167,11 @@ class TritonTiles:
         with torch.cuda.device_of(g):
             kernels.score_map[(triton.cdiv(R, tile.BM) * triton.cdiv(M, tile.BN),)](
                 *operands, self._scale, nothing if ref is None else flat(ref), nothing if gain is None else flat(gain),
-                nothing if e is None else e, partial, top,
+                nothing if own is None else own, nothing if e is None else e, partial, top,
                 g.stride(0), c.stride(0), 0 if e is None else e.stride(0), R, M, K, p.P, p.L, cols.start - rows.start,
-                p.clip or 0.0, **self._map, LSE=self._lse, KEEP=keep, GAIN=gain is not None, TMA=self._tma,
-                BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=16, num_warps=tile.warps, num_stages=tile.stages,
+                p.clip or 0.0, **self._map, LSE=self._lse, KEEP=keep, GAIN=gain is not None, OWN=own is not None,
+                TMA=self._tma, BM=tile.BM, BN=tile.BN, BK=tile.BK, GROUP=16, num_warps=tile.warps,
+                num_stages=tile.stages,
             )  # fmt: skip
         return top, partial
 
@@ -185,7 +220,7 @@ class TritonTiles:
 
     def _products(self, e: Tensor, rows: slice, cols: slice, alpha: Tensor | None) -> None:
         """The two gradient products of a block's weights, which alpha, (rows, P), has yet to scale."""
-        p = self._p
+        p, e = self._p, e[:, : (cols.stop - cols.start) * self._p.L]
         gain = None if alpha is None else flat(alpha).unsqueeze(1)
         if self._grad_h is not None:
             c = self._locals(cols)[:, : p.K].to(self._weight)
@@ -198,9 +233,15 @@ class TritonTiles:
             else:
                 grad.addcmul_(add_product(torch.empty_like(grad), e, c, add=False), gain)
         if self._grad_c is not None:
-            g = self._scaled[rows.start * p.P : rows.stop * p.P]
+            g = self._scaled_summaries()[rows.start * p.P : rows.stop * p.P]
             g = (g if gain is None else g * gain).to(self._weight)
             add_product(self._grad_c[cols].flatten(0, 1), e.t(), g, add=rows.start > 0)
+
+    def _scaled_summaries(self) -> Tensor:
+        """scale * G, (R, K) float32."""
+        if self._scaled is None:
+            self._scaled = self._g[:, : self._p.K].float() * self._scale
+        return self._scaled
 
     def _rows(self, rows: slice) -> Tensor:
         return self._g[rows.start * self._p.P : rows.stop * self._p.P]
@@ -215,6 +256,7 @@ class TritonTiles:
         return self._staged[1]
 
     def _kept_block(self, rows: slice, cols: slice) -> Tensor:
+        """Room for a block's weights, (rows, columns rounded up): what is beyond the columns is nobody's."""
         p = self._p
         if self._pool is None:
             size = self._plan.row_images * p.P * round_up(self._plan.col_images * p.L)
@@ -222,7 +264,7 @@ class TritonTiles:
             self._pool = torch.empty(kept, size, dtype=self._weight, device=p.device)
         R, M = (rows.stop - rows.start) * p.P, (cols.stop - cols.start) * p.L
         block = self._pool[cols.start // self._plan.col_images if len(self._pool) > 1 else 0]
-        return block[: R * round_up(M)].view(R, round_up(M))[:, :M]
+        return block[: R * round_up(M)].view(R, round_up(M))
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
