@@ -83,7 +83,7 @@ def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> i
     """Bytes beyond inputs, outputs and gradients."""
     rows, cols = row_images * p.P, col_images * p.L
     half = p.weight_dtype.itemsize
-    weights = rows * (p.N * p.L if kept else cols) * half if p.needs_grad else 0
+    weights = rows * (p.held * p.L if kept else cols) * half if p.needs_grad else 0
     partial = rows * -(-cols // 64) * 4 * 2  # sums and references of the narrowest tiles
     staged = 0 if p.in_place else cols * _padded(p.K) * p.operand_dtype.itemsize
     if p.weight_dtype != p.operand_dtype and p.needs_grad:
@@ -99,7 +99,7 @@ def predict(
 ) -> tuple[float, float]:
     """Seconds for loss and gradients, and those of the chip's own work: all there is where the host is quick enough."""
     rows, cols = row_images * p.P, col_images * p.L
-    row_blocks, col_blocks = -(-p.N // row_images), -(-p.N // col_images)
+    row_blocks, col_blocks = -(-p.N // row_images), -(-p.held // col_images)
     blocks = row_blocks * col_blocks
     item, weight = p.operand_dtype.itemsize, p.weight_dtype.itemsize
     mma = mma_rate(p, chip)
@@ -125,7 +125,7 @@ def predict(
         block += kernel(product, operands + locals_ * (4 if row_blocks == 1 else 8))
     launches = 8 if few_launches else 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
 
-    features = p.N * p.L * p.K
+    features = p.held * p.L * p.K
     seconds = blocks * block + features * item / chip.bandwidth  # and once for the own-image pairs
     if not p.in_place:
         copies = row_blocks if col_blocks > 1 else 1
@@ -140,7 +140,7 @@ def predict(
 def floor(p: Problem, chip: Chip) -> float:
     """Seconds of the bare products: one for the loss, one for each gradient."""
     gemms = 1 + p.grad_locals + p.grad_summaries
-    return gemms * p.rows * p.N * p.L * p.K / mma_rate(p, chip)
+    return gemms * p.rows * p.held * p.L * p.K / mma_rate(p, chip)
 
 
 def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, float], int, str, int, int, GpuChoice]]:
@@ -152,7 +152,7 @@ def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, 
     for order in orders:
         kept = order == "rows outside"
         for row_images in _sizes(p.N):
-            for col_images in _sizes(p.N):
+            for col_images in _sizes(p.held):
                 scratch = scratch_bytes(p, row_images, col_images, kept)
                 if scratch > budget or max(row_images * p.P, col_images * p.L) >= 2**30:
                     continue
@@ -160,7 +160,8 @@ def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, 
                     seconds = predict(p, chip, tile, row_images, col_images, kept)
                     yield seconds, scratch, order, row_images, col_images, GpuChoice(chip, tile, seconds[0], least)
     scratch = scratch_bytes(p, p.N, p.N, False)
-    if p.needs_grad and not p.weights_known and p.row.family != "global_lse" and scratch <= budget:
+    alone = p.shard is None and p.row.family != "global_lse"  # a row is closed by one program, which sees all of it
+    if alone and p.needs_grad and not p.weights_known and scratch <= budget:
         for tile in tiles_for(chip, p.operand_dtype):
             seconds = predict(p, chip, tile, p.N, p.N, False, few_launches=True)
             yield seconds, scratch, "columns outside", p.N, p.N, GpuChoice(chip, tile, seconds[0], least, True)

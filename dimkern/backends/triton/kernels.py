@@ -92,20 +92,18 @@ def close_rows(g, c, scale_ptr, ref_ptr, e, psi_ptr, sum_ptr, T,
     tl.store(sum_ptr + rows, sums, mask=rows < R)
 
 
-@triton.jit(do_not_specialize=["first_image"])
-def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, first_image, clip,
+@triton.jit
+def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, clip,
                CLIP: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """A row against its own image's locations: the scores, (N, P, L), and the largest, (N, P).
-
-    c begins at first_image.
-    """
-    image, row = tl.program_id(0) // P, first_image.to(tl.int64) * P + tl.program_id(0)
+    """The rows of some images against their own locations: the scores, (images, P, L), and the largest of each row."""
+    row = tl.program_id(0)
     scale = tl.load(scale_ptr)
     top = tl.full((BL,), NO_SCORE, tl.float32)
     for first in range(0, L, BL):
         locations = first + tl.arange(0, BL)
-        s = soft_clip(own_products(g, c, row, image, locations, g_stride, c_stride, L, K, BL, BK) * scale, clip, CLIP)
-        tl.store(s_ptr + row * L + locations, s, mask=locations < L)
+        s = own_products(g, c, row, row // P, locations, g_stride, c_stride, L, K, BL, BK) * scale
+        s = soft_clip(s, clip, CLIP)
+        tl.store(s_ptr + row.to(tl.int64) * L + locations, s, mask=locations < L)
         top = tl.maximum(top, tl.where(locations < L, s, NO_SCORE))
     tl.store(top_ptr + row, tl.max(top, 0))
 
@@ -207,19 +205,19 @@ def apply_upstream(grad_c, c_out, c_count, grad_h, g_out, g_count, upstream_ptr,
         tl.store(g_out + i, x.to(g_out.dtype.element_ty), mask=i < g_count)
 
 
-@triton.jit(do_not_specialize=["shift", "first_image"])
-def write_own(e, own_ptr, s_ptr, e_stride, P, L, shift, first_image, clip, CLIP: tl.constexpr, BL: tl.constexpr):
-    """Put the weights of own-image pairs, (images, P, L), into a kept block.
+@triton.jit(do_not_specialize=["shift"])
+def write_own(e, own_ptr, s_ptr, e_stride, P, L, shift, clip, CLIP: tl.constexpr, BL: tl.constexpr):
+    """Put own-image pairs' weights, (images, P, L), into a kept block.
 
-    e begins at the first such row, own at its weights, s at first_image 0; the columns are `shift` images further.
+    e, own and s (their scores) begin at the first such image; its columns are `shift` images into the block.
     """
     row = tl.program_id(0)
-    at = (first_image.to(tl.int64) * P + row) * L
     for first in range(0, L, BL):
         locations = first + tl.arange(0, BL)
-        w = tl.load(own_ptr + row.to(tl.int64) * L + locations, mask=locations < L, other=0.0)
+        at = row.to(tl.int64) * L + locations
+        w = tl.load(own_ptr + at, mask=locations < L, other=0.0)
         if CLIP:
-            w *= slope(tl.load(s_ptr + at + locations, mask=locations < L, other=0.0), clip)
+            w *= slope(tl.load(s_ptr + at, mask=locations < L, other=0.0), clip)
         column = (row // P + shift).to(tl.int64) * L
         tl.store(e + row.to(tl.int64) * e_stride + column + locations, w.to(e.dtype.element_ty), mask=locations < L)
 

@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...estimators import Scores
 from ...gpu_plan import precision
-from ...plan import Plan, blocks, is_aligned
-from ..torch import _both
+from ...plan import Plan, is_aligned
+from ..torch import _both, _within
 from . import estimators, kernels
 
 _LEAST_ALPHA = 2.0**-100  # of a row's positives' weights: beyond that its negatives are nothing beside them
@@ -29,10 +29,10 @@ class TritonTiles:
     def __init__(
         self,
         plan: Plan,
-        c: Tensor,  # (N, L, K) or (N, H, W, K), any strides, any floating dtype but float64
+        c: Tensor,  # (held, L, K) or (held, H, W, K), any strides, any floating dtype but float64
         g: Tensor,  # (N, P, K)
         scale: Tensor,  # 0-d
-        grad_c: Tensor | None,  # (N, L, K) float32, contiguous, uninitialised
+        grad_c: Tensor | None,  # (held, L, K) float32, contiguous, uninitialised
         grad_h: Tensor | None,  # (N, P, K) the gradient by scale * g
     ) -> None:
         p = plan.problem
@@ -57,7 +57,7 @@ class TritonTiles:
         self._lse = p.row.family != "pointwise"
 
     def positives(self, images: slice) -> Tensor:
-        return self._own_scores()[0][images]
+        return self._own_scores()[0][self._here(images)]
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         top, partial = self._score_map(rows, cols)
@@ -83,14 +83,17 @@ class TritonTiles:
 
     def accumulate(self, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
         e = self._kept.pop(cols.start)
-        if own is None:
-            weights = torch.zeros(alpha.shape[0], self._p.P, self._p.L, device=self._p.device)
-        else:
+        p, here = self._p, _both(rows, self._p.here)
+        if here is not None and own is None:
+            self._write_own(e, rows, cols, torch.zeros(here.stop - here.start, p.P, p.L, device=p.device))
+        elif here is not None and own is not None:
             # own weights join the kept ones, which are relative to alpha; where alpha has all but vanished it is raised
             # to what is still nothing beside them
-            alpha = torch.maximum(alpha, own.abs().amax(-1) * _LEAST_ALPHA)
-            weights = torch.where(alpha.unsqueeze(-1) == 0, 0.0, own / alpha.unsqueeze(-1))
-        self._write_own(e, rows, cols, weights)
+            alpha = alpha.clone()
+            of_own = alpha[_within(here, rows)]
+            torch.maximum(of_own, own.abs().amax(-1) * _LEAST_ALPHA, out=of_own)
+            relative = torch.where(of_own.unsqueeze(-1) == 0, 0.0, own / of_own.unsqueeze(-1))
+            self._write_own(e, rows, cols, relative)
         self._products(e, rows, cols, alpha)
 
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
@@ -138,15 +141,15 @@ class TritonTiles:
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
         g = self._scaled_summaries().view(p.N, p.P, p.K)
-        for cols in blocks(p.N, self._plan.col_images):
-            weights = own[cols].float()
+        for cols in self._plan.col_blocks():
+            weights = own[self._here(cols)].float()
             c = self._locals(cols)[:, : p.K].float().view(-1, p.L, p.K)
             if p.clip is not None:
                 weights = weights * (1.0 - (self.positives(cols) / p.clip).square())
             if self._grad_h is not None:
                 self._grad_h[cols].baddbmm_(weights, c)
             if self._grad_c is not None:
-                self._grad_c[cols].baddbmm_(weights.mT, g[cols])
+                self._grad_c[self._here(cols)].baddbmm_(weights.mT, g[cols])
 
     def _score_map(
         self,
@@ -189,32 +192,31 @@ class TritonTiles:
         return sums
 
     def _own_scores(self) -> tuple[Tensor, Tensor]:
-        """Scores of the own-image pairs, (N, P, L), and each row's largest, (N, P)."""
+        """Scores of the own-image pairs here, (held, P, L), and each row's largest, (N, P); 0 where none is here."""
         if self._own is None:
             p = self._p
-            scores = torch.empty(p.N, p.P, p.L, dtype=torch.float32, device=p.device)
-            top = torch.empty(p.N, p.P, dtype=torch.float32, device=p.device)
-            for cols in blocks(p.N, self._plan.col_images):
-                c = self._locals(cols)
+            scores = torch.empty(p.held, p.P, p.L, dtype=torch.float32, device=p.device)
+            top = torch.zeros(p.N, p.P, dtype=torch.float32, device=p.device)
+            for cols in self._plan.col_blocks():
+                g, c = self._rows(cols), self._locals(cols)
                 with torch.cuda.device_of(c):
-                    kernels.own_scores[((cols.stop - cols.start) * p.P,)](
-                        self._g, c, self._scale, scores, top, self._g.stride(0), c.stride(0), p.P, p.L, c.shape[1],
-                        cols.start, p.clip or 0.0, CLIP=p.clip is not None, BL=16, BK=128, num_warps=4,
+                    kernels.own_scores[(g.shape[0],)](
+                        g, c, self._scale, scores[self._here(cols)], top[cols], g.stride(0), c.stride(0), p.P, p.L,
+                        c.shape[1], p.clip or 0.0, CLIP=p.clip is not None, BL=16, BK=128, num_warps=4,
                     )  # fmt: skip
             self._own = scores, top
         return self._own
 
     def _write_own(self, e: Tensor, rows: slice, cols: slice, own: Tensor) -> None:
-        """Own-image pairs' weights, (rows, P, L), into the block's."""
+        """The weights of the own-image pairs of `rows` that are here, (images, P, L), into the block's."""
         p, images = self._p, _both(rows, cols)
         if images is None:
             return
-        own = own.float().contiguous()
-        scores = self._own_scores()[0] if p.clip is not None else own
-        first = images.start - rows.start
+        own = own[_within(images, _both(rows, p.here) or images)].float().contiguous()
+        scores = self._own_scores()[0][self._here(images)] if p.clip is not None else own
         with torch.cuda.device_of(e):
             kernels.write_own[((images.stop - images.start) * p.P,)](
-                e[first * p.P :], own[first:], scores, e.stride(0), p.P, p.L, images.start - cols.start, images.start,
+                e[(images.start - rows.start) * p.P :], own, scores, e.stride(0), p.P, p.L, images.start - cols.start,
                 p.clip or 0.0, CLIP=p.clip is not None, BL=min(128, triton.next_power_of_2(p.L)), num_warps=1,
             )  # fmt: skip
 
@@ -226,8 +228,8 @@ class TritonTiles:
             c = self._locals(cols)[:, : p.K].to(self._weight)
             grad = self._grad_h[rows].flatten(0, 1)
             if gain is None:
-                add_product(grad, e, c, add=cols.start > 0)
-            elif cols.start == 0:
+                add_product(grad, e, c, add=cols.start > p.here.start)
+            elif cols.start == p.here.start:
                 add_product(grad, e, c, add=False)
                 grad.mul_(gain)
             else:
@@ -235,7 +237,7 @@ class TritonTiles:
         if self._grad_c is not None:
             g = self._scaled_summaries()[rows.start * p.P : rows.stop * p.P]
             g = (g if gain is None else g * gain).to(self._weight)
-            add_product(self._grad_c[cols].flatten(0, 1), e.t(), g, add=rows.start > 0)
+            add_product(self._grad_c[self._here(cols)].flatten(0, 1), e.t(), g, add=rows.start > 0)
 
     def _scaled_summaries(self) -> Tensor:
         """scale * G, (R, K) float32."""
@@ -249,10 +251,10 @@ class TritonTiles:
     def _locals(self, cols: slice) -> Tensor:
         """Local features of some images as a matrix in the operand dtype, (columns, K rounded up)."""
         if self._p.in_place:
-            return self._c[cols].flatten(0, 1)
+            return self._c[self._here(cols)].flatten(0, 1)
         if self._staged is None or self._staged[0] != cols:
             self._staged = None
-            self._staged = cols, padded_matrix(self._c[cols].flatten(0, -2), self._operand)
+            self._staged = cols, padded_matrix(self._c[self._here(cols)].flatten(0, -2), self._operand)
         return self._staged[1]
 
     def _kept_block(self, rows: slice, cols: slice) -> Tensor:
@@ -260,11 +262,15 @@ class TritonTiles:
         p = self._p
         if self._pool is None:
             size = self._plan.row_images * p.P * round_up(self._plan.col_images * p.L)
-            kept = -(-p.N // self._plan.col_images) if self._plan.order == "rows outside" else 1
+            kept = -(-p.held // self._plan.col_images) if self._plan.order == "rows outside" else 1
             self._pool = torch.empty(kept, size, dtype=self._weight, device=p.device)
         R, M = (rows.stop - rows.start) * p.P, (cols.stop - cols.start) * p.L
-        block = self._pool[cols.start // self._plan.col_images if len(self._pool) > 1 else 0]
+        block = self._pool[self._here(cols).start // self._plan.col_images if len(self._pool) > 1 else 0]
         return block[: R * round_up(M)].view(R, round_up(M))
+
+    def _here(self, images: slice) -> slice:
+        """Where these images are among those whose local features this process has."""
+        return _within(images, self._p.here)
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
