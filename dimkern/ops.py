@@ -212,7 +212,7 @@ class _MeanLoss(torch.autograd.Function):
 
 
 def _in_one_launch(ctx, grad_c, g, d_loss):
-    """What closes the gradients with a kernel of ours: of real numbers, that nothing will differentiate again; or None."""
+    """What closes the gradients with a kernel of ours: of real numbers that nothing will differentiate again."""
     plain = type(d_loss) is Tensor and not torch._C._functorch.is_batchedtensor(d_loss)
     if not plain or torch.is_grad_enabled() or grad_c.dtype != torch.float32:
         return None

@@ -364,8 +364,12 @@ def unfit(backend: str, problem: Problem, budget: int) -> str | None:
     """Why "auto" passes over a backend for this problem; None if it does not."""
     p = problem
     reason = why_not(backend, p.device, p.critic, p.score_dtype)
-    if reason is not None or backend not in ("cpu", "cuda"):
+    if reason is not None or backend not in ("cpu", "cuda", "triton"):
         return reason
+    if backend == "triton":
+        least = gpu_plan.scratch_bytes(p, 1, 1, False)
+        room = f"its smallest blocks take {format_bytes(least)}, the memory budget is {format_bytes(budget)}"
+        return room if least > budget else None
     if backend == "cpu":
         return too_small_for_cpu(p, budget)
     if p.N > _MOST_CUDA_IMAGES:
