@@ -24,11 +24,6 @@ examples:
 """
 
 REPRODUCE_NOTES = """\
-budgets:
-  smoke  about a minute, on digits: checks that everything runs, says little about the methods
-  hour   within an hour on two cores: an encoder half as wide as the paper's, 10,000 training images, 2 epochs
-  full   several hours on two cores: the paper's encoder, all training images, 2 epochs
-
 A finished row is never done again and an interrupted one goes on: run the same command until all is there. Tables are
 rewritten after every row, plots after every seed. Several processes may share --out if their --seeds differ; on a busy
 machine two with --threads 1 are quicker than one with two threads.
@@ -115,11 +110,13 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
 
 
 def add_reproduce(parser: argparse.ArgumentParser) -> Runner:
-    budgets = ("smoke", "hour", "full")
+    from dimkern.train import BUDGETS
+
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = REPRODUCE_NOTES
+    budgets = "".join(f"  {name:7}{budget.about}\n" for name, budget in BUDGETS.items())
+    parser.epilog = f"budgets:\n{budgets}\n{REPRODUCE_NOTES}"
     parser.add_argument(
-        "--budget", choices=budgets, default="hour", help="how much to spend, see below (default: hour)"
+        "--budget", choices=BUDGETS, default="hour", help="how much to spend, see below (default: hour)"
     )
     parser.add_argument("--data", metavar="NAME", help="as for train (default: fashion-mnist; digits for smoke)")
     parser.add_argument(

@@ -37,7 +37,7 @@ from dimkern.train import TrainConfig, TrainingStopped, probes
         ("--critic concat --summaries map", "--summaries: got map, which needs heads; --critic concat has none"),
         ("--negatives some", "--negatives: got 'some', accepted are all, permute, roll"),
         ("--pool 1", "--pool: got 1, must be 0 or at least 2"),
-        ("--train-images 9999", "--train-images: got 9999, digits has 1343"),
+        ("--train-images 50", "--batch-size: got 64, there are 50 training images"),
         ("--data cifar10 --data-root /absent", "--data-root: no data_batch_1.bin in /absent or /absent/cifar-10-bat"),
         ("--device tpu", "--device: got 'tpu', accepted are auto, cpu, cuda"),
         ("--amp int8", "--amp: got 'int8', accepted are off, bfloat16, float16"),
@@ -95,6 +95,13 @@ def test_help_shows_every_setting_with_its_default(capsys):
     for field in dataclasses.fields(TrainConfig):
         assert cli.flag(field.name) in said
         assert field.default == "" or f"(default: {field.default})" in said
+
+
+def test_help_lists_the_budgets(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said and budget.about in said for name, budget in train.BUDGETS.items())
 
 
 def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys, monkeypatch):

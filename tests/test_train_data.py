@@ -197,6 +197,7 @@ def test_a_part_of_the_training_images_is_a_fixed_draw_with_its_labels():
     labels = {image.numpy().tobytes(): label for image, label in zip(whole.train, whole.train_labels, strict=True)}
     assert all(labels[i.numpy().tobytes()] == y for i, y in zip(part.train, part.train_labels, strict=True))
     assert len(torch.unique(part.train_labels)) > 5
+    assert len(load_images(TrainConfig(train_images=5000)).train) == len(whole.train)
 
 
 @pytest.mark.parametrize("kind", ["crop", "crop-flip"])

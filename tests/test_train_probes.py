@@ -50,7 +50,8 @@ def test_calibration_counts_the_training_images_and_leaves_the_encoder_alone():
 def test_a_run_reports_what_it_did(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(probes, "STEPS", 200)
     threads = torch.get_num_threads()
-    config = TrainConfig(width=8, fc=16, units=16, epochs=2, out=str(tmp_path), probe_images=300, threads=threads + 1)
+    config = TrainConfig(width=8, fc=16, units=16, epochs=2, out=str(tmp_path), probe_images=300, threads=threads + 1,
+                         objective="both", gamma=0.1)  # fmt: skip
     paths = run(config)
     said = capsys.readouterr().out
     assert {path.name for path in paths} == {"report.json", "curves.png", "probes.png", "score_map.png"}
@@ -58,6 +59,7 @@ def test_a_run_reports_what_it_did(tmp_path, capsys, monkeypatch):
     content = json.loads(paths[0].read_text())
     assert (content["threads"], torch.get_num_threads()) == (threads + 1, threads)
     assert content["config"]["epochs"] == len(content["epochs"]["seconds"]) == 2
+    assert content["steps"].keys() == {"loss", "mi", "prior", "discriminator"}
     assert np.mean(content["steps"]["loss"][:20]) == pytest.approx(content["epochs"]["loss"][0])
     assert f"{100 * content['probes']['trained']['Y']['linear']:.1f}" in said
     assert content["probes"]["raw"]["linear"] > 0.9

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dimkern import cli
-from dimkern.train import SettingError, TrainingStopped, comparison, jobs, loop, probes
+from dimkern.train import BUDGETS, SettingError, TrainingStopped, comparison, jobs, loop, probes
+from dimkern.train.budgets import ROWS
 
 
 @pytest.fixture
@@ -29,10 +30,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(probes, "STEPS", 30)
     monkeypatch.setattr(probes, "EPOCHS", 1)
     monkeypatch.setattr(jobs, "trained", counted)
-    monkeypatch.setattr(jobs, "ROWS", {name: jobs.ROWS[name] for name in ("untrained", "DIM(L) JSD, prior")})
-    tiny = dataclasses.replace(jobs.BUDGETS["smoke"], pools=())
-    tiny.settings.update(width=4, fc=16, units=8)
-    monkeypatch.setitem(jobs.BUDGETS, "smoke", tiny)
+    monkeypatch.setattr(jobs, "ROWS", {name: ROWS[name] for name in ("untrained", "DIM(L) JSD, prior")})
+    smoke = BUDGETS["smoke"]
+    settings = smoke.settings | {"width": 4, "fc": 16, "units": 8}
+    monkeypatch.setitem(BUDGETS, "smoke", dataclasses.replace(smoke, pools=(), settings=settings))
     return trained
 
 
@@ -98,7 +99,9 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(tmp_path, short, monkeyp
 
 def test_results_of_other_settings_are_refused_and_named(tmp_path, short, monkeypatch, capsys):
     jobs.reproduce("smoke", tmp_path, {})
-    jobs.BUDGETS["smoke"].settings["fc"] = 17
+    with pytest.raises(SettingError, match=r"^out: .*seed0.json is of another comparison .*digits.*cifar10"):
+        jobs.reproduce("smoke", tmp_path, {"data": "cifar10"})
+    BUDGETS["smoke"].settings["fc"] = 17
     with pytest.raises(SettingError, match=r"^out: .*untrained-seed0.json is of another comparison \(fc: .*16.*17\)"):
         jobs.reproduce("smoke", tmp_path, {})
     with pytest.raises(SystemExit):
@@ -136,7 +139,7 @@ def test_tables_say_what_the_results_say(tmp_path, short):
 
 
 def test_rows_are_trained_alike_but_for_what_they_are_named_after(tmp_path):
-    todo = jobs.jobs_of(jobs.BUDGETS["hour"], {"threads": 1}, tmp_path, (0, 1, 2))
+    todo = jobs.jobs_of(BUDGETS["hour"], {"threads": 1}, tmp_path, (0, 1, 2))
     rows = [job for job in todo if job.pool is None]
     assert [job.seed for job in todo] == sorted(job.seed for job in todo)
     assert len(rows) == 3 * 9 + 1

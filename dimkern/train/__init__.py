@@ -4,7 +4,7 @@ config     every setting, once                  loop    epochs, checkpoints, res
 data       images, split, fingerprint           steps   one step: whole, or in chunks
 encoder    encoder, heads, DeepInfoMax          probes  linear, MLP and k-NN accuracies
 objective  the losses of dimkern, weighted      report  report.json and plots
-prior      the adversary of prior matching      jobs, comparison  the paper's table
+prior      the adversary of prior matching      budgets, jobs, comparison  the paper's table
 
 `run` is the whole of `dimkern train`. This module and `config` import without the packages of the extra.
 """
@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .budgets import BUDGETS
 from .config import PRESETS, TrainConfig
 from .errors import SettingError, TrainingStopped
 
-__all__ = ["PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "reproduce", "run"]
+__all__ = ["BUDGETS", "PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "reproduce", "run"]
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "threadpoolctl")
 
@@ -62,7 +63,7 @@ def reproduce(budget: str, out: Path | None, settings: dict[str, Any], seeds: tu
     require_extra()
     from . import jobs
 
-    data = settings.get("data", jobs.BUDGETS[budget].settings["data"]).rpartition("/")[2].removeprefix("folder:")
+    data = settings.get("data", BUDGETS[budget].settings["data"]).rpartition("/")[2].removeprefix("folder:")
     return jobs.reproduce(budget, out or Path("runs") / f"reproduce-{budget}-{data}", settings, seeds)
 
 

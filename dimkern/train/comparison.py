@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,6 @@ from matplotlib.ticker import FuncFormatter
 
 from .report import tidy
 
-NAMES = {"infonce": "InfoNCE", "jsd": "JSD", "dv": "DV"}
 FEATURES = {"conv": "#b9c4cf", "fc": "#1f6f8b", "Y": "#c0562f"}
 HEADS = {"linear": "linear", "mlp": "MLP", "linear_100": "100 a class", "linear_10": "10 a class"}
 TABLES = {
@@ -33,10 +33,9 @@ def write(out: Path, budget: str, *, plots: bool = True) -> list[Path]:
     if rows:
         rows.sort(key=lambda one: (one["row"] != "untrained", "concat" in one["row"], one["row"], one["seed"]))
         replace(out / "table.md", markdown(rows, budget))
-        with (out / "table.csv.partial").open("w", newline="") as file:
-            columns = ("row", "seed", "feature", "probe", "accuracy")
-            csv.writer(file, lineterminator="\n").writerows([columns, *flat(rows)])
-        os.replace(out / "table.csv.partial", out / "table.csv")
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([("row", "seed", "feature", "probe", "accuracy"), *flat(rows)])
+        replace(out / "table.csv", lines.getvalue())
         written += [out / "table.md", out / "table.csv"]
     if rows and plots:
         draw_table(rows, budget).savefig(out / "table.png", dpi=150)
@@ -48,7 +47,8 @@ def write(out: Path, budget: str, *, plots: bool = True) -> list[Path]:
 
 
 def replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    """Write a file whole or not at all; other processes may be at it as well."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(text)
     os.replace(partial, path)
 

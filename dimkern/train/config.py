@@ -58,9 +58,7 @@ class TrainConfig:
     )
     image_size: int = setting(32, "data", "side to which images of a folder are cropped and resized", least=8)
     color: str = setting("rgb", "data", "how images of a folder are read", choices=("rgb", "gray"))
-    train_images: int = setting(
-        0, "data", "train on so many of the training images, a fixed draw; 0 takes all", least=0
-    )
+    train_images: int = setting(0, "data", "train on at most so many of the images, a fixed draw; 0 takes all", least=0)
     augment: str = setting(
         "none",
         "data",

@@ -47,9 +47,7 @@ class Images:
         return f"{self.name} {shape} {hashlib.sha256(self.train.numpy().tobytes()).hexdigest()[:16]}"
 
     def drawn(self, count: int) -> Images:
-        """With `count` of the training images, a fixed draw."""
-        if count > len(self.train):
-            raise SettingError("train_images", f"got {count}, {self.name} has {len(self.train)}")
+        """With at most `count` of the training images, a fixed draw."""
         rows = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(SPLIT_SEED))[:count]
         labels = None if self.train_labels is None else self.train_labels[rows]
         return dataclasses.replace(self, train=self.train[rows], train_labels=labels)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import time
@@ -20,58 +19,13 @@ from typing import Any
 import torch
 
 from . import comparison, loop, probes
-from .config import PRESETS, TrainConfig, refuse_changes
+from .budgets import BUDGETS, CONCAT, CURVE, NAMES, ROWS, UNTRAINED, Budget
+from .config import TrainConfig, refuse_changes
 from .data import Images, load_images
 from .errors import SettingError, TrainingStopped
 from .report import epoch_means, plain
 
-UNTRAINED = "untrained"
-CONCAT = "DIM(L) JSD, concat critic, permuted negatives"  # with one seed: its pairs cost most
-ROWS: dict[str, dict[str, Any]] = {UNTRAINED: {}}
-for preset, estimator in (("dim-g", "jsd"), ("dim-l", "dv"), ("dim-l", "jsd"), ("dim-l", "infonce")):
-    name = f"{preset.upper().replace('-', '(')}) {comparison.NAMES[estimator]}"
-    ROWS[name] = PRESETS[preset] | {"estimator": estimator, "gamma": 0.0}
-    ROWS[name + ", prior"] = PRESETS[preset] | {"estimator": estimator}
-ROWS[CONCAT] = PRESETS["dim-l"] | {"estimator": "jsd", "gamma": 0.0, "critic": "concat", "negatives": "permute"}
-
-# Of the curve: images that share negatives, of batches of 64 digits whose local map has 16 locations.
-CURVE = {"data": "digits", "batch_size": 64, "width": 32, "fc": 256, "units": 256, "lr": 3e-4}
 PROBED = ("linear", "mlp", "linear_100", "linear_10")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much is spent: `settings` of every row alike, `curve` those of every point of the curve."""
-
-    about: str
-    seeds: tuple[int, ...]
-    settings: dict[str, Any]
-    curve: dict[str, Any]
-    pools: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
-
-
-PAPERS = {"data": "fashion-mnist", "width": 64, "fc": 1024, "units": 128, "lr": 1e-3}  # the encoder is the paper's
-BUDGETS = {
-    "smoke": Budget(
-        "a minute, on digits: checks that everything runs, says little about the methods",
-        (0,),
-        {"data": "digits", "width": 16, "fc": 64, "units": 32, "batch_size": 64, "lr": 1e-3, "epochs": 3},
-        {"train_images": 512, "epochs": 2},
-        pools=(2, 64),
-    ),
-    "hour": Budget(
-        "within an hour on two cores: an encoder half as wide, 10,000 of the training images, 2 epochs",
-        (0, 1, 2),
-        PAPERS | {"width": 32, "fc": 512, "batch_size": 64, "train_images": 10_000, "epochs": 2},
-        {"epochs": 10},
-    ),
-    "full": Budget(
-        "several hours on two cores: the paper's encoder, all training images, 2 epochs",
-        (0, 1, 2),
-        PAPERS | {"batch_size": 256, "epochs": 2},
-        {"epochs": 20},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -95,7 +49,7 @@ def jobs_of(budget: Budget, given: dict[str, Any], out: Path, seeds: tuple[int, 
         common = CURVE | budget.curve | {"threads": given.get("threads", 0)}
         for pool in budget.pools:
             for estimator in ("infonce", "jsd"):
-                wanted.append((comparison.NAMES[estimator], pool, common | {"estimator": estimator, "pool": pool}))
+                wanted.append((NAMES[estimator], pool, common | {"estimator": estimator, "pool": pool}))
         for row, group, settings in wanted:
             slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-") + (f"-pool{group}" if group else "")
             work = out / "work" / f"{slug}-seed{seed}"
@@ -140,8 +94,13 @@ def is_done(job: Job) -> bool:
     """Whether the job's result is there; raises SettingError where other settings made it."""
     if not job.path.exists():
         return False
+    saved = json.loads(job.path.read_text())["config"]
     try:
-        refuse_changes(json.loads(job.path.read_text())["config"], job.config)
+        refuse_changes(saved, job.config)
+        if saved["data"] != job.config.data:
+            raise SettingError(
+                "data", f"the checkpoint was trained on {saved['data']}, this run asks for {job.config.data}"
+            )
     except SettingError as error:
         why = error.why.replace("the checkpoint", "it")
         raise SettingError("out", f"{job.path} is of another comparison ({error.setting}: {why})") from error
@@ -163,9 +122,7 @@ def do(job: Job, images: Images) -> str:
     result["seconds"] = {"train": middle - started, "probe": time.perf_counter() - middle}
     result |= {"config": dataclasses.asdict(job.config), "images": images.fingerprint(), "versions": loop.versions()}
     result["config"]["out"] = result["config"]["data_root"] = ""  # places on the machine that made it
-    partial = job.path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, job.path)
+    comparison.replace(job.path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     shutil.rmtree(job.config.out, ignore_errors=True)
     if result["stopped"]:
         return str(result["stopped"])
