@@ -21,6 +21,7 @@ examples:
   dimkern train --data fashion-mnist --preset dim-l --batch-size 4096 --chunk 256 --out runs/large
   dimkern train --data folder:photos --image-size 64 --width 64 --out runs/photos
   dimkern train --resume runs/photos --epochs 40
+  torchrun --nproc-per-node 2 -m dimkern train     # two processes, --batch-size images each
 """
 
 REPRODUCE_NOTES = """\
@@ -94,7 +95,7 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
 
     def run(arguments: argparse.Namespace) -> int:
         from dimkern import train
-        from dimkern.train import checkpoint
+        from dimkern.train import checkpoint, processes
 
         own = ("run", "resume", "overwrite", "preset")
         given = {key: value for key, value in vars(arguments).items() if key not in own}
@@ -102,6 +103,8 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
 
         def start() -> None:
             config = TrainConfig(**given) if arguments.resume is None else checkpoint.settings(arguments.resume, given)
+            if arguments.resume is None or "batch_size" in given:  # a checkpoint has that of all processes together
+                config = dataclasses.replace(config, batch_size=config.batch_size * processes.count())
             train.run(config, arguments.resume, overwrite=arguments.overwrite)
 
         return reported(parser, start)

@@ -41,6 +41,11 @@ from torch.nn.parallel import DistributedDataParallel
 import dimkern
 from dimkern import distributed, grouped, streaming
 from dimkern.estimators import REGISTRY
+from dimkern.train.config import TrainConfig
+from dimkern.train.data import Images
+from dimkern.train.loop import make_model
+from dimkern.train.processes import Processes
+from dimkern.train.steps import Steps
 
 TIMEOUT = datetime.timedelta(seconds=60)
 ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
@@ -327,6 +332,31 @@ def case_encoder_in_chunks():
             torch.autograd.backward(made, [*(y.grad[2 * i : 2 * i + 2] for y in (l, m)), scale.grad / len(chunks)])
     for (name, p), q in zip(model.module.named_parameters(), alone.parameters(), strict=True):
         assert_same_direction_and_size(f"gradient of {name}", p.grad, q.grad)
+
+
+def case_training_steps():
+    """The harness's losses, step by step, are one process's on the whole batch, in chunks and with a prior too."""
+    processes = Processes(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    each = 4 * dist.get_world_size()
+    base = {"objective": "both", "width": 4, "fc": 16, "units": 8, "lr": 1e-2}
+    for changes, tolerance in (
+        ({"batch_size": each}, 1e-9),
+        ({"batch_size": each + 1, "estimator": "jsd", "objective": "local"}, 1e-9),
+        ({"batch_size": 2 * each, "chunk": 4}, 1e-9),
+        ({"batch_size": each + 1, "gamma": 0.1}, 1e-5),  # the prior is float32 by design
+        ({"batch_size": each, "gamma": 0.1, "prior_updates": "one-step", "prior": "gaussian"}, 1e-5),
+    ):
+        config = TrainConfig(**{**base, **changes})
+        histories = []
+        for several in (Processes(), processes):
+            torch.manual_seed(0)
+            images = torch.randint(0, 256, (8, config.batch_size, 1, 8, 8)).double() / 128 - 1
+            made = make_model(config, Images("noise", torch.zeros(1, 1, 8, 8), None, None, None)).double()
+            steps = Steps(made, config, torch.device("cpu"), several)
+            histories.append([steps.step(several.share(batch)) for batch in images])
+        for i, (one, shared) in enumerate(zip(*histories, strict=True)):
+            for name, value in one.items():
+                assert abs(shared[name] / value - 1) < tolerance, (changes, i, name, shared[name], value)
 
 
 @contextlib.contextmanager

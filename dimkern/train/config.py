@@ -129,7 +129,10 @@ class TrainConfig:
 
     epochs: int = setting(20, "training", "passes over the training images", least=1, may_change=True)
     batch_size: int = setting(
-        64, "training", "images in a batch; the other images of a batch are the negatives", least=2
+        64,
+        "training",
+        "images in a batch, of each process where torchrun starts several; a batch's other images are the negatives",
+        least=2,
     )
     chunk: int = setting(
         0,

@@ -29,6 +29,7 @@ from .data import Images, augmented, to_float
 from .encoder import DeepInfoMax, Encoder
 from .errors import SettingError, TrainingStopped
 from .objective import terms
+from .processes import Processes
 from .steps import Steps
 
 
@@ -46,13 +47,21 @@ class Run:
     checkpoint: Path
 
 
-def train(config: TrainConfig, images: Images, resume: Path | None = None, *, overwrite: bool = False) -> Run:
+def train(
+    config: TrainConfig,
+    images: Images,
+    resume: Path | None = None,
+    *,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+) -> Run:
     """Train as `config` says, writing a checkpoint to `config.out` after every epoch, and where a run resumed moves.
 
     Args:
         resume: a checkpoint, or the directory of a run, to go on from. On a CPU the result is, to the last bit, that
             of a run never interrupted (same build and --threads); CUDA may add in another order from run to run.
         overwrite: `config.out` may hold another run, which is replaced.
+        processes: those that share every batch (of `config.batch_size` images); the first one writes.
 
     Raises:
         SettingError: settings that fit neither the data nor the device, or not the run resumed.
@@ -60,16 +69,24 @@ def train(config: TrainConfig, images: Images, resume: Path | None = None, *, ov
     """
     if config.batch_size > len(images.train):
         raise SettingError("batch_size", f"got {config.batch_size}, there are {len(images.train)} training images")
-    device = pick_device(config)
+    device, several = pick_device(config), processes or Processes()
+    refuse_sharing(config, several.world)
     with cpu_threads(config, images):
-        return _train(config, images, device, resume, overwrite)
+        return _train(config, images, device, resume, overwrite, several)
 
 
-def _train(config: TrainConfig, images: Images, device: torch.device, resume: Path | None, overwrite: bool) -> Run:
+def _train(
+    config: TrainConfig,
+    images: Images,
+    device: torch.device,
+    resume: Path | None,
+    overwrite: bool,
+    processes: Processes,
+) -> Run:
     torch.manual_seed(config.seed)
     model = make_model(config, images).to(device)
     untrained = copy.deepcopy(model.encoder)
-    steps = Steps(model, config, device)
+    steps = Steps(model, config, device, processes)
     order = torch.Generator().manual_seed(config.seed)
     history: dict[str, list[float]] = {"loss": [], "mi": [], "seconds": []}
     fingerprint = images.fingerprint()
@@ -84,20 +101,22 @@ def _train(config: TrainConfig, images: Images, device: torch.device, resume: Pa
         order.set_state(saved["order"])
         history = saved["history"]
 
-    def save() -> Path:
+    def save() -> None:
         state = {"config": dataclasses.asdict(config), "images": fingerprint, "versions": versions()}
         checkpoint.save(path, {**state, "steps": steps.state_dict(), "order": order.get_state(), "history": history})
-        return path
 
-    path = checkpoint.place(Path(config.out), last_good, overwrite)
+    path = Path(config.out) / checkpoint.NAME
+    processes.once(lambda: checkpoint.place(Path(config.out), last_good, overwrite))
     if last_good is not None and last_good != path:
-        last_good = save()  # there may be no further epoch to do it, or none that ends well
+        processes.once(save)
+        last_good = path  # there may be no further epoch to do it, or none that ends well
     for epoch in range(len(history["seconds"]), config.epochs):
         started = time.perf_counter()
         batches = torch.split(torch.randperm(len(images.train), generator=order), config.batch_size)
         full = [batch for batch in batches if len(batch) == config.batch_size]  # the MI estimate depends on its size
-        for batch in progress(full, epoch, config.epochs, history):
-            said = steps.step(to_float(augmented(images.train[batch], config.augment, order), device))
+        for batch in progress(full, epoch, config.epochs, history) if processes.first else full:
+            drawn = augmented(images.train[batch], config.augment, order)
+            said = steps.step(to_float(processes.share(drawn), device))
             if not math.isfinite(said["loss"]):
                 what = f"the loss is {said['loss']}"
                 raise TrainingStopped(stopped(what, epoch, len(history["loss"]), last_good, config))
@@ -106,8 +125,26 @@ def _train(config: TrainConfig, images: Images, device: torch.device, resume: Pa
         if not steps.finite():
             raise TrainingStopped(stopped("a weight is not finite", epoch, len(history["loss"]), last_good, config))
         history["seconds"].append(time.perf_counter() - started)
-        last_good = save()
+        processes.once(save)
+        last_good = path
+    if processes.group is not None:  # a model of one process again
+        trained, model = model, make_model(config, images).to(device)
+        model.load_state_dict(trained.state_dict())
     return Run(config, images, untrained, model, history, device, torch.get_num_threads(), last_good or path)
+
+
+def refuse_sharing(config: TrainConfig, world: int) -> None:
+    """Raise SettingError unless `world` processes can share the batches of a run."""
+    if world == 1:
+        return
+    whole = "needs the whole batch in one process; here are"
+    for name, alone in (("negatives", "all"), ("critic", "dot"), ("pool", 0)):
+        if getattr(config, name) != alone:
+            raise SettingError(name, f"got {getattr(config, name)}, which {whole} {world}; accepted is {alone}")
+    part = config.chunk or config.norm_batch
+    if config.batch_size < world or (part and config.batch_size % (part * world)):
+        parts = f"{world} shares" + (f" of whole chunks or batch-norm groups of {part}" if part else "")
+        raise SettingError("batch_size", f"{config.batch_size} images in all are no {parts}")
 
 
 def make_model(config: TrainConfig, images: Images) -> DeepInfoMax:

@@ -5,7 +5,7 @@ The third term, gamma·prior, has an optimiser of its own beside it: prior.py, j
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ import dimkern
 
 from .config import TrainConfig
 from .encoder import Encoder
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # With scores of a fresh network (tens), e^s and e^-s are so large that nothing is learnt at a scale of 1.
 EXPONENTIAL = ("kl", "rkl", "h2")
@@ -28,13 +31,19 @@ def terms(config: TrainConfig) -> dict[str, float]:
 class Objective(nn.Module):
     """The weighted sum of the losses of all terms."""
 
-    def __init__(self, config: TrainConfig, encoder: Encoder, generator: torch.Generator) -> None:
-        """`generator` is what negatives="permute" draws from."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        encoder: Encoder,
+        generator: torch.Generator,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        """`generator` is what negatives="permute" draws from; the processes of `group` share the batch."""
         super().__init__()
         self.weights, self.pool = terms(config), config.pool
         self.losses = nn.ModuleDict()
         for name in self.weights:
-            self.losses[name] = make_loss(config, make_critic(config, name, encoder), generator)
+            self.losses[name] = make_loss(config, make_critic(config, name, encoder), generator, group)
 
     def forward(self, pairs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, and the MI estimate of the local term (of the global one where that is all there is), in nats."""
@@ -56,7 +65,12 @@ def make_critic(config: TrainConfig, name: str, encoder: Encoder) -> dimkern.Pai
     return dimkern.PairMLPCritic(features, encoder.summary_features, hidden=config.units)
 
 
-def make_loss(config: TrainConfig, critic: dimkern.PairMLPCritic | None, generator: torch.Generator) -> nn.Module:
+def make_loss(
+    config: TrainConfig,
+    critic: dimkern.PairMLPCritic | None,
+    generator: torch.Generator,
+    group: ProcessGroup | None = None,
+) -> nn.Module:
     """A module (l, m) -> (loss, e_pos, e_neg, mi) for `config.estimator`."""
     exponential = config.estimator in EXPONENTIAL and config.critic == "dot"
     keywords: dict[str, Any] = {
@@ -65,6 +79,7 @@ def make_loss(config: TrainConfig, critic: dimkern.PairMLPCritic | None, generat
         "critic": critic,
         "negatives": config.negatives,
         "generator": generator if config.negatives == "permute" else None,
+        "group": group,
     }
     if config.estimator == "infonce":
         return dimkern.InfoNCELoss(**keywords)

@@ -5,24 +5,37 @@ In one piece, or chunk by chunk with the gradients of the embeddings cached (Gao
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
 from .encoder import DeepInfoMax
 from .objective import Objective
 from .prior import PriorMatching
+from .processes import Processes, share_batch_norm
 
 
 class Steps:
-    """One step after another: model, objective, prior, their optimisers, and mixed precision where it is on."""
+    """One step after another: model, objective, prior, their optimisers, and mixed precision where it is on.
 
-    def __init__(self, model: DeepInfoMax, config: TrainConfig, device: torch.device) -> None:
-        self.config, self.model = config, model
+    Of several processes each steps with its share of the batch, and all arrive at the same weights.
+    """
+
+    def __init__(
+        self, model: DeepInfoMax, config: TrainConfig, device: torch.device, processes: Processes | None = None
+    ) -> None:
+        self.config, self.model, self.processes = config, model, processes or Processes()
+        self.encode: nn.Module = model
+        if self.processes.group is not None:
+            if not model.norm_batch:
+                share_batch_norm(model, self.processes.group)
+            self.encode = DistributedDataParallel(model, process_group=self.processes.group)
         self.noise = torch.Generator().manual_seed(config.seed)  # of the prior, and of permuted negatives
-        self.objective = Objective(config, model.encoder, self.noise).to(device)
+        self.objective = Objective(config, model.encoder, self.noise, self.processes.group).to(device)
         self.adam = torch.optim.Adam([*model.parameters(), *self.objective.parameters()], config.lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         low = torch.float16 if config.amp == "float16" else torch.bfloat16
@@ -33,35 +46,45 @@ class Steps:
             self.prior_adam = torch.optim.Adam(self.prior.parameters(), config.lr)
 
     def step(self, images: Tensor) -> dict[str, float]:
-        """Train on (N, C, H, W) floats; the loss, MI estimate and the prior's losses before the step, in nats."""
+        """Train on (n, C, H, W) floats, this process's share; the loss, MI estimate and the prior's losses before it.
+
+        All are of the whole batch and in nats.
+        """
         self.model.train()
         self.adam.zero_grad(set_to_none=True)
         chunked = 0 < self.config.chunk < len(images)
         with self.autocast:
-            pairs = self.embed(images) if chunked else self.model(images)
+            pairs = self.embed(images) if chunked else self.encode(images)
             loss, mi = self.objective(pairs)
-        said = {"mi": mi}
+        said = {"loss": loss.detach(), "mi": mi}
         if self.prior is not None:
-            said["discriminator"], said["prior"] = self.match(self.prior, pairs["code"])
-            loss = loss + self.config.gamma * said["prior"]
+            told, fooled = self.match(self.prior, pairs["code"])
+            loss = loss + self.config.gamma * fooled
+            said |= {"discriminator": self.processes.mean(told), "prior": self.processes.mean(fooled)}
+            said["loss"] = said["loss"] + self.config.gamma * said["prior"]
         self.scaler.scale(loss).backward()
         if chunked:
             self.push(images, pairs)
         self.scaler.step(self.adam)
         self.scaler.update()
-        return {"loss": loss.item(), **{name: value.item() for name, value in said.items()}}
+        return {name: value.item() for name, value in said.items()}
 
     def match(self, prior: PriorMatching, y: Tensor) -> tuple[Tensor, Tensor]:
         """Train the discriminator on the codes `y` (N, F); its loss and the encoder's.
 
         "alternating": the encoder meets the discriminator after its step; "one-step": the one before.
         """
-        before = prior.encoder_loss(y) if self.config.prior_updates == "one-step" else None
+        # a share's mean, by the share's size: the mean over processes is then that over the batch
+        total = self.config.batch_size if self.processes.group is not None else len(y)
+        size = len(y) * self.processes.world / total
+        before = prior.encoder_loss(y) * size if self.config.prior_updates == "one-step" else None
         self.prior_adam.zero_grad(set_to_none=True)
-        loss = prior.discriminator_loss(y, prior.draw(y, self.noise))
+        drawn = prior.draw(y.new_empty(total, y.shape[1]), self.noise)
+        loss = prior.discriminator_loss(y, self.processes.share(drawn)) * size
         loss.backward()  # type: ignore[no-untyped-call]
+        self.processes.average_gradients(prior.parameters())
         self.prior_adam.step()
-        return loss.detach(), prior.encoder_loss(y) if before is None else before
+        return loss.detach(), prior.encoder_loss(y) * size if before is None else before
 
     def embed(self, images: Tensor) -> dict[str, Tensor]:
         """First pass of a chunked step: what the model gives, as leaves that collect the loss's gradients."""
@@ -76,14 +99,21 @@ class Steps:
         """
         kept = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         size = self.config.chunk
-        for i, chunk in enumerate(torch.split(images, size)):
-            with self.autocast:
-                seen = self.model(chunk)
+        chunks = torch.split(images, size)
+        for i, chunk in enumerate(chunks):
+            with self.apart(until=i + 1 == len(chunks)), self.autocast:
+                seen = self.encode(chunk)
             used = [name for name, leaf in leaves.items() if leaf.grad is not None]
             grads = [leaves[name].grad[i * size : i * size + size] for name in used]  # type: ignore[index]
             torch.autograd.backward([seen[name] for name in used], grads)
         for name, buffer in self.model.named_buffers():  # the statistics have seen these images already
             buffer.copy_(kept[name])
+
+    def apart(self, until: bool) -> AbstractContextManager[None]:
+        """Gradients stay in this process `until` they are averaged with the others'."""
+        if until or not isinstance(self.encode, DistributedDataParallel):
+            return nullcontext()
+        return self.encode.no_sync()
 
     def parts(self) -> dict[str, Any]:
         """Everything with a state, by name."""
