@@ -6,5 +6,6 @@ oracle       float64 losses and gradients: the gate that a contender passes befo
 measure      interleaved times, peak memory
 compare      the command: tables, JSON
 plot         the README's pictures, from the committed JSON
+group        several processes: scaling measured, many GPUs modelled
 test_bench   pytest-benchmark cases of the same contenders
 """
