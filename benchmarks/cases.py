@@ -74,4 +74,6 @@ FULL = (
 
 README = tuple(Case(N, 64, 512) for N in (16, 32, 64, 128, 256, 512, 1024))
 
-GRIDS = {"quick": QUICK, "full": FULL, "readme": README}
+SMALL = tuple(case for case in FULL if case.pairs * case.K < 3e9)  # each product below a tenth of a second
+
+GRIDS = {"quick": QUICK, "full": FULL, "readme": README, "small": SMALL}

@@ -30,7 +30,7 @@ import dimkern
 from . import oracle
 from .cases import DTYPES, ESTIMATORS, GRIDS, Case
 from .contenders import Contender, Steps, chosen, contenders
-from .measure import Memory, interleaved, once
+from .measure import CLOCKS, Memory, interleaved, once
 
 _MEMORY_SHARE = 0.7  # of what is free: a contender expected to need more is not tried
 
@@ -46,6 +46,7 @@ class Session:
     rounds: int
     patience: float
     memory: Memory | None
+    clock: str = "wall"
     # seconds for each unit of cost at the last shape, by contender, dtype and estimator
     pace: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
@@ -82,7 +83,7 @@ class Session:
         for pass_ in ("both", "forward"):
             calls = {name: getattr(entry.steps, pass_) for name, entry in ready.items()}
             foreseen = {name: entry.foreseen for name, entry in ready.items()}
-            samples = interleaved(calls, foreseen, self.rounds, self.patience)
+            samples = interleaved(calls, foreseen, self.rounds, self.patience, self.clock)
             for name, entry in ready.items():
                 seconds = median(samples[name])
                 ratio = seconds / median(samples["floor"])
@@ -241,10 +242,11 @@ def _name(row: Row) -> str:
     return Case(**row["case"]).name
 
 
-def about(threads: int, rounds: int, grid: str) -> Row:
+def about(threads: int, rounds: int, grid: str, clock: str) -> Row:
     """What the numbers were made with."""
     return {
         "grid": grid,
+        "clock": clock,
         "threads": threads,
         "rounds": rounds,
         "ours": chosen(),
@@ -280,6 +282,11 @@ def main(argv: list[str] | None = None) -> int:
         help="seconds a contender may take for its rounds of a shape; slower ones get fewer rounds, and the "
         "reference formula and KeOps are skipped where one call is foreseen to take longer (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: seconds that this process was given, where others use the machine too; meant for --threads 1 "
+        "(default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples, errors and versions")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the README's pictures of this run")
@@ -292,9 +299,9 @@ def main(argv: list[str] | None = None) -> int:
         dtypes = args.dtypes or (["float32"] if args.grid == "readme" else list(DTYPES))
         start = time.perf_counter()
         gauge = None if args.no_memory else Memory()
-        session = Session(_field(args.only), args.threads, args.rounds, args.patience, gauge)
+        session = Session(_field(args.only), args.threads, args.rounds, args.patience, gauge, args.clock)
         rows = session.run(GRIDS[args.grid], args.estimators, dtypes)
-    result = {"about": about(args.threads, args.rounds, args.grid), "rows": rows}
+    result = {"about": about(args.threads, args.rounds, args.grid, args.clock), "rows": rows}
     print(" · ".join(f"{key} {value}" for key, value in result["about"].items()))
     print(tables(rows))
     print(f"\n{time.perf_counter() - start:.0f} s")

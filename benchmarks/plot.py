@@ -48,9 +48,9 @@ Result = dict[str, Any]
 def draw(result: Result, directory: Path) -> list[Path]:
     """The picture that a run's grid gives, as PNG files."""
     directory.mkdir(parents=True, exist_ok=True)
-    readme = result["about"]["grid"] == "readme"
-    path = directory / ("scaling.png" if readme else "grid.png")
-    figure = _scaling(result) if readme else _grid(result)
+    grid = result["about"]["grid"]
+    path = directory / {"readme": "scaling.png", "full": "grid.png"}.get(grid, f"grid_{grid}.png")
+    figure = _scaling(result) if grid == "readme" else _grid(result)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
     return [path]

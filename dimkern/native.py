@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +47,15 @@ def why_not_cuda(device: torch.device) -> str | None:
 def warn_once(reason: str) -> None:
     """Say once in a process that the slower backend serves."""
     text = f"{reason}; until then the streaming backend serves: as exact, but slower"
-    warnings.warn(text, stacklevel=8)  # the caller is beyond torch's dispatch
+    warnings.warn(text, stacklevel=_frames_below_the_caller())
+
+
+def _frames_below_the_caller() -> int:
+    """Of dimkern and of torch's dispatch, counted from the function that warns."""
+    frame, count = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("dimkern", "torch"):
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 @lru_cache(maxsize=1)
