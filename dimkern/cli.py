@@ -26,8 +26,8 @@ examples:
 
 REPRODUCE_NOTES = """\
 A finished row is never done again and an interrupted one goes on: run the same command until all is there. Tables are
-rewritten after every row, plots after every seed. Several processes may share --out if their --seeds differ; on a busy
-machine two with --threads 1 are quicker than one with two threads.
+rewritten after every row, plots after every seed. Run it several times at once to share the rows: each process takes
+those that no other is at; on a busy machine two with --threads 1 are quicker than one with two threads.
 
 examples:
   dimkern reproduce --budget smoke

@@ -58,7 +58,7 @@ def test_the_smoke_budget_makes_everything_from_one_command(tmp_path, capsys, mo
         assert (tmp_path / name).stat().st_size > 500
         assert str(tmp_path / name) in said
     assert "[14/14]" in said
-    assert not any((tmp_path / "work").iterdir())
+    assert not [path for path in (tmp_path / "work").iterdir() if path.is_dir()]
     y = {one["row"]: one["probes"]["Y"]["linear_10"] for one in results(tmp_path).values() if one["pool"] is None}
     assert y["DIM(L) JSD"] > y["untrained"] + 0.03  # it learnt something
 
@@ -95,6 +95,18 @@ def test_an_interrupted_row_goes_on_from_its_checkpoint(tmp_path, short, monkeyp
     for name, one in straight.items():
         assert cut[name]["probes"] == one["probes"]
         assert cut[name].get("history", {}).get("loss") == one.get("history", {}).get("loss")
+
+
+def test_processes_share_the_rows_and_never_the_same_one(tmp_path, short, capsys):
+    todo = jobs.jobs_of(BUDGETS["smoke"], {}, tmp_path, (0,))
+    (tmp_path / "work").mkdir()
+    with jobs.claimed(todo[0]) as mine, jobs.claimed(todo[0]) as again:
+        assert (mine, again) == (True, False)
+        jobs.reproduce("smoke", tmp_path, {})
+        assert short == ["DIM(L) JSD, prior"]
+        assert "untrained, seed 0: another process is at it" in capsys.readouterr().out
+    jobs.reproduce("smoke", tmp_path, {})
+    assert short == ["DIM(L) JSD, prior", "untrained"]
 
 
 def test_results_of_other_settings_are_refused_and_named(tmp_path, short, monkeypatch, capsys):

@@ -2,16 +2,20 @@
 
 A job is one encoder, trained (or not) and probed: a row of the table, or a point of the curve over negatives, with one
 seed. It leaves one JSON file; a job whose file is there is not done again, and one that was interrupted goes on from
-its checkpoint. The tables and plots (comparison.py) are made from these files alone, anew after every job.
+its checkpoint. Several processes may share the work: each takes the jobs that no other is at. The tables and plots
+(comparison.py) are made from these files alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +67,7 @@ def reproduce(budget: str, out: Path, given: dict[str, Any], seeds: tuple[int, .
 
     Args:
         given: settings of every row in place of the budget's, such as data, data_root, threads.
-        seeds: in place of the budget's; two processes with other seeds may share `out`.
+        seeds: in place of the budget's.
 
     Raises:
         SettingError: unusable settings, files that are absent, or results in `out` that other settings made.
@@ -74,20 +78,37 @@ def reproduce(budget: str, out: Path, given: dict[str, Any], seeds: tuple[int, .
     left = [job for job in todo if not is_done(job)]
     print(f"{budget}: {BUDGETS[budget].about}; {len(todo)} jobs, {len(todo) - len(left)} of them done", flush=True)
     loaded: dict[tuple[str, int], Images] = {}
-    started, written = time.perf_counter(), [] if left else comparison.write(out, budget)
+    started, did = time.perf_counter(), 0
     for i, job in enumerate(left):
-        wanted = job.config.data, job.config.train_images
-        if wanted not in loaded:
-            loaded[wanted] = load_images(job.config)
-            if loaded[wanted].train_labels is None:
-                raise SettingError("data", "the comparison needs labels: each class in a subfolder of its own")
-        with loop.cpu_threads(job.config, loaded[wanted]):
-            said = do(job, loaded[wanted])
-        written = comparison.write(out, budget, plots=i + 1 == len(left) or left[i + 1].seed != job.seed)
-        minutes = (time.perf_counter() - started) / 60 / (i + 1) * (len(left) - i - 1)
-        what = f"{job.row}{f', pool {job.pool}' if job.pool else ''}, seed {job.seed}"
-        print(f"[{i + 1}/{len(left)}] {what}: {said}; about {minutes:.0f} minutes left", flush=True)
-    return written
+        what = f"[{i + 1}/{len(left)}] {job.row}{f', pool {job.pool}' if job.pool else ''}, seed {job.seed}"
+        with claimed(job) as mine:
+            if not mine or is_done(job):
+                print(f"{what}: another process {'did' if mine else 'is at'} it", flush=True)
+                continue
+            wanted = job.config.data, job.config.train_images
+            if wanted not in loaded:
+                loaded[wanted] = load_images(job.config)
+                if loaded[wanted].train_labels is None:
+                    raise SettingError("data", "the comparison needs labels: each class in a subfolder of its own")
+            with loop.cpu_threads(job.config, loaded[wanted]):
+                said = do(job, loaded[wanted])
+        did += 1
+        comparison.write(out, budget, plots=i + 1 < len(left) and left[i + 1].seed != job.seed)
+        minutes = (time.perf_counter() - started) / 60 / did * (len(left) - i - 1)
+        print(f"{what}: {said}; about {minutes:.0f} minutes left", flush=True)
+    return comparison.write(out, budget)
+
+
+@contextmanager
+def claimed(job: Job) -> Iterator[bool]:
+    """Whether this process has the job to itself, for as long as the context lasts (or the process lives)."""
+    with Path(f"{job.config.out}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def is_done(job: Job) -> bool:
