@@ -58,7 +58,8 @@ class Tile:
 # From the resource reports (docs/gpu.md): no register spills, the multiplications and the loads in the innermost loop.
 _HALF_TMA = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
 _HALF = (Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
-_SINGLE = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2))
+_TF32 = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2))
+_IEEE = (Tile(64, 64, 32, 4, 3, 2),)  # without tensor cores a larger one spills on a Hopper
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,15 @@ class GpuChoice:
 
 def tiles_for(chip: Chip, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The tiles that fit a chip, the largest first."""
-    table = _SINGLE if dtype.itemsize == 4 else _HALF_TMA if chip.has_tma else _HALF
+    single = _TF32 if precision() == "tf32" else _IEEE
+    table: tuple[Tile, ...] = single if dtype.itemsize == 4 else _HALF_TMA if chip.has_tma else _HALF
     fitting = tuple(tile for tile in table if tile.shared_memory(dtype.itemsize) + 2048 <= chip.shared_memory)
     return fitting or table[-1:]
+
+
+def uses_tma(chip: Chip, dtype: torch.dtype) -> bool:
+    """Whether operand tiles come by TMA. Not in float32 proper: its products have no tensor cores, and would spill."""
+    return chip.has_tma and (dtype.itemsize == 2 or precision() == "tf32")
 
 
 def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:

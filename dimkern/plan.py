@@ -323,14 +323,17 @@ def _too_small(budget: int, least: Plan) -> ValueError:
     )
 
 
-@lru_cache(maxsize=256)
 def plan_on_chip(problem: Problem, budget: int, chip: Chip) -> Plan:
     """The plan that takes the least time on a GPU by the model of `gpu_plan`; the chip need not be there.
 
     Raises:
         ValueError: not even one image against one image fits; the message says how much would.
     """
-    p = problem
+    return _plan_on_chip(problem, budget, chip, gpu_plan.precision())
+
+
+@lru_cache(maxsize=256)
+def _plan_on_chip(p: Problem, budget: int, chip: Chip, precision: str) -> Plan:
     found = min(gpu_plan.choices(p, chip, budget), key=lambda choice: choice[:2], default=None)
     if found is None:
         scratch = gpu_plan.scratch_bytes(p, 1, 1, False)

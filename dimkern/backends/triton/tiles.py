@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...estimators import Scores
-from ...gpu_plan import precision
+from ...gpu_plan import precision, uses_tma
 from ...plan import Plan, is_aligned
 from ..torch import _both, _within
 from . import estimators, kernels
@@ -37,7 +37,7 @@ class TritonTiles:
     ) -> None:
         p = plan.problem
         assert plan.gpu is not None
-        self._plan, self._p, self._tile, self._tma = plan, p, plan.gpu.tile, plan.gpu.chip.has_tma
+        self._plan, self._p, self._tile, self._tma = plan, p, plan.gpu.tile, uses_tma(plan.gpu.chip, p.operand_dtype)
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
         self._operand = p.operand_dtype
         self._weight = p.weight_dtype
