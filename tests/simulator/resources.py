@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from . import nvcc
 
 TENSOR_CORE = ("HGMMA", "HMMA", "UTCHMMA")
 COPIES = ("UTMALDG", "LDGSTS")
@@ -43,20 +46,9 @@ def of_triton(kernel, label: str = "") -> Resources:
     return of_ptx(kernel.asm["ptx"], metadata.target.arch, metadata.num_warps, metadata.shared, label)
 
 
-def of_ptx(ptx: str, arch: int, warps: int, dynamic_shared: int, label: str, tools: Path | None = None) -> Resources:
-    """Of one kernel's PTX; `tools` is the folder of ptxas and nvdisasm, by default Triton's."""
-    target = re.search(r"^\.target\s+([\w]+)", ptx, re.M)[1]
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        command = [tool("ptxas", arch, tools), "-v", f"--gpu-name={target}", source, "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"ptxas failed on {label}: {done.stderr[-1000:]}")
-        sass = subprocess.run(
-            [tool("nvdisasm", arch, tools), "-c", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    log = done.stderr + done.stdout
+def of_ptx(ptx: str, arch: int, warps: int, dynamic_shared: int, label: str) -> Resources:
+    """Of one kernel's PTX, Triton's or nvcc's."""
+    log, sass = _assemble(ptx, arch, label)
     stack, stores, loads = map(
         int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log).groups()
     )
@@ -119,21 +111,39 @@ def table(rows: list[Resources]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-@cache
-def tool(name: str, arch: int | str = 90, folder: Path | None = None) -> str:
-    """The path of ptxas or nvdisasm."""
-    if folder is not None:
-        return str(folder / name)
-    import triton
+def _assemble(ptx: str, arch: int, label: str) -> tuple[str, str]:
+    """(what ptxas says, the machine code as text)."""
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.M)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        for ptxas in _tools("ptxas", arch):
+            command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", cubin]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if "Unsupported .version" not in done.stderr:  # an nvcc newer than this ptxas: the next one may know
+                break
+        if done.returncode:
+            raise RuntimeError(f"{ptxas} failed on {label}: {done.stderr[-1000:]}")
+        command = [_tools("nvdisasm", arch)[0], "-c", cubin]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return done.stderr + done.stdout, sass
 
-    here = Path(triton.__file__).parent / "backends/nvidia/bin"
-    for candidate in ((f"{name}-blackwell",) if arch == 100 else ()) + (name,):
-        if (here / candidate).exists():
-            return str(here / candidate)
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} is neither in Triton's package nor on PATH")
-    return found
+
+@cache
+def _tools(name: str, arch: int) -> list[str]:
+    """Where ptxas or nvdisasm may be: in Triton's package, beside nvcc, on PATH."""
+    folders = []
+    if package := importlib.util.find_spec("triton"):
+        here = Path(package.submodule_search_locations[0], "backends/nvidia/bin")
+        folders = [here / f"{name}-blackwell", here / name] if arch == 100 else [here / name]
+    if compiler := nvcc.find():
+        folders.append(Path(compiler).with_name(name))
+    if found := shutil.which(name):
+        folders.append(Path(found))
+    present = [str(path) for path in folders if path.exists()]
+    if not present:
+        raise FileNotFoundError(f"{name} is neither in Triton's package, nor beside nvcc, nor on PATH")
+    return present
 
 
 def _blocks_per_sm(arch: int, warps: int, registers: int, shared: int) -> int:
@@ -150,16 +160,18 @@ def _count(lines: list[str]) -> dict[str, int]:
 
 
 def _innermost_loop(lines: list[str]) -> dict[str, int]:
-    """Of the loops (a label and a branch back to it) that hold no other loop, the one with most tensor-core work."""
+    """The smallest loop (a label and a branch back to it) around the most tensor-core work; {} where there is none."""
     labels = {found[1]: n for n, line in enumerate(lines) if (found := re.match(r"\s*(\.L_x_\d+):", line))}
     loops = []
     for n, line in enumerate(lines):
         target = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", line)
         if target and labels.get(target[1], n) < n:
-            loops.append((labels[target[1]], n))
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    counts = [_count(lines[start : end + 1]) for start, end in inner]
-    return max(counts, key=lambda c: sum(c.get(name, 0) for name in TENSOR_CORE), default={})
+            start = labels[target[1]]
+            counts = _count(lines[start : n + 1])
+            if work := sum(counts.get(name, 0) for name in TENSOR_CORE):
+                loops.append((start, n, work, counts))
+    inner = [a for a in loops if not any(b is not a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max(inner, key=lambda loop: loop[2])[3] if inner else {}
 
 
 def _of_amd(kernel, label: str) -> Resources:
