@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..decode import SHARED_WINDOW, Action, Decoder, instruction
-from ..errors import Deadlock, Hazard, SimulationError, Unsupported
+from ..errors import Deadlock, Hazard, Race, SimulationError, Unsupported
 from ..ptx import Instruction
 from .wgmma import swizzle
 
@@ -51,9 +51,21 @@ class TensorMap:
 
 
 class MBarrier:
-    def __init__(self, count: int):
+    def __init__(self, count: int, epoch: int, warp: int):
         self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
         self.loads: list = []
+        self._made = epoch, warp
+        self._used: tuple[int, set[int]] = epoch, set()  # by which warps, since which barrier of the block
+
+    def use(self, epoch: int, warp: int, ends: bool) -> None:
+        """By one warp; making an mbarrier and ending one want a barrier between them and other warps' uses."""
+        if self._made[0] == epoch and self._made[1] != warp:
+            raise Race("an mbarrier is used by another warp than its maker's with no barrier since it was made")
+        if self._used[0] != epoch:
+            self._used = epoch, set()
+        self._used[1].add(warp)
+        if ends and len(self._used[1]) > 1:
+            raise Race("an mbarrier is ended while another warp may still use it: there was no barrier since")
 
     def advance(self) -> None:
         if self.pending < 0:
@@ -80,13 +92,13 @@ def mbarrier(i: Instruction, d: Decoder) -> Action:
             if where % 8 or not 0 <= where <= block.shared.size - 8:
                 raise SimulationError("an mbarrier is misaligned or outside the shared allocation")
             if what == "init":
-                block.mbarriers[where] = MBarrier(int(number(block)[lane]))
+                block.mbarriers[where] = MBarrier(int(number(block)[lane]), block.shared.epoch, int(block.warps[lane]))
             elif what == "inval":
-                if _barrier(block, where).loads:
+                if _barrier(block, where, lane, ends=True).loads:
                     raise Hazard("an mbarrier is invalidated with loads in flight")
                 del block.mbarriers[where]
             else:
-                barrier = _barrier(block, where)
+                barrier = _barrier(block, where, lane)
                 barrier.bytes += int(number(block)[lane]) if number else 0
                 barrier.pending -= 1
                 barrier.advance()
@@ -94,10 +106,12 @@ def mbarrier(i: Instruction, d: Decoder) -> Action:
     return run
 
 
-def _barrier(block, address: int) -> MBarrier:
+def _barrier(block, address: int, lane: int, ends: bool = False) -> MBarrier:
     if address not in block.mbarriers:
         raise SimulationError(f"no mbarrier was initialised at {address}")
-    return block.mbarriers[address]
+    barrier = block.mbarriers[address]
+    barrier.use(block.shared.epoch, int(block.warps[lane]), ends)
+    return barrier
 
 
 def _wait(i: Instruction, d: Decoder) -> Action:
@@ -108,12 +122,13 @@ def _wait(i: Instruction, d: Decoder) -> Action:
     def run(block, mask):
         lanes = block.active(mask)
         for where in np.unique(address(block)[lanes]):
-            barrier = _barrier(block, int(where))
+            mine = lanes[address(block)[lanes] == where]
+            for lane in mine[::32]:
+                barrier = _barrier(block, int(where), lane)
             loads, barrier.loads = barrier.loads, []
             for land in loads:
                 land()
             barrier.advance()
-            mine = lanes[address(block)[lanes] == where]
             if (barrier.phase == (parity(block)[mine] & 1)).any():
                 missing = f"{barrier.pending} arrivals and {barrier.bytes} bytes are missing"
                 raise Deadlock(f"an mbarrier wait that never ends: {missing}")
@@ -163,7 +178,7 @@ def _load(i: Instruction, d: Decoder) -> Action:
     def run(block, mask):
         for lane, tensor_map, start in _boxes(block, mask, descriptor, coordinates):
             to = int(target(block)[lane])
-            barrier = _barrier(block, int(barrier_at(block)[lane]))
+            barrier = _barrier(block, int(barrier_at(block)[lane]), lane)
             block.shared.tma_write(to, tensor_map.bytes, int(block.warps[lane]))
             addresses, inside = tensor_map.elements(start)
             data = np.zeros((addresses.size, tensor_map.element), np.uint8)  # beyond the tensor lie zeros
