@@ -55,6 +55,8 @@ class Tile:
         return (self.BM + self.BN) * self.BK * itemsize * self.stages
 
 
+_SMALL = 512  # images up to which few launches are always worth a product more: a tenth of the time at most
+
 # From the resource reports (docs/gpu.md): no register spills, the multiplications and the loads in the innermost loop.
 _HALF_TMA = (Tile(128, 256, 64, 8, 3, 1), Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
 _HALF = (Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
@@ -153,6 +155,14 @@ def floor(p: Problem, chip: Chip) -> float:
 def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, float], int, str, int, int, GpuChoice]]:
     """(predicted seconds, scratch, order, row images, column images, choice) of all blocks that fit."""
     least = floor(p, chip)
+    scratch = scratch_bytes(p, p.N, p.N, False)
+    alone = p.shard is None and p.row.family != "global_lse"  # a row is closed by one program, which sees all of it
+    if alone and p.needs_grad and not p.weights_known and scratch <= budget:
+        for tile in tiles_for(chip, p.operand_dtype):
+            seconds = predict(p, chip, tile, p.N, p.N, False, few_launches=True)
+            yield seconds, scratch, "columns outside", p.N, p.N, GpuChoice(chip, tile, seconds[0], least, True)
+        if p.N <= _SMALL:
+            return
     orders = ["columns outside"]
     if p.row.family != "pointwise" and p.needs_grad and not p.weights_known:
         orders.append("rows outside")
@@ -166,12 +176,6 @@ def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, 
                 for tile in tiles_for(chip, p.operand_dtype):
                     seconds = predict(p, chip, tile, row_images, col_images, kept)
                     yield seconds, scratch, order, row_images, col_images, GpuChoice(chip, tile, seconds[0], least)
-    scratch = scratch_bytes(p, p.N, p.N, False)
-    alone = p.shard is None and p.row.family != "global_lse"  # a row is closed by one program, which sees all of it
-    if alone and p.needs_grad and not p.weights_known and scratch <= budget:
-        for tile in tiles_for(chip, p.operand_dtype):
-            seconds = predict(p, chip, tile, p.N, p.N, False, few_launches=True)
-            yield seconds, scratch, "columns outside", p.N, p.N, GpuChoice(chip, tile, seconds[0], least, True)
 
 
 def mma_rate(p: Problem, chip: Chip) -> float:

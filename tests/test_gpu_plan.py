@@ -66,6 +66,18 @@ def test_small_problems_get_small_tiles():
     assert plan_on_chip(problem(), 3 * 10**9, gpu_plan.H100).gpu.tile.BN == 256
 
 
+@pytest.mark.parametrize("N", [2, 64, 512])
+@pytest.mark.parametrize("estimator", ["infonce", "jsd", "kl"])
+def test_small_problems_take_few_launches(estimator, N):
+    """Whatever K is; with no room for all weights at once, or a process that has a share of them, there are more."""
+    for K in (64, 2048):
+        p = problem(estimator, N=N, K=K)
+        assert plan_on_chip(p, 10**9, gpu_plan.H100).gpu.few_launches
+        assert not plan_on_chip(dataclasses.replace(p, shard=(0, 1)), 10**9, gpu_plan.H100).gpu.few_launches
+        tight = gpu_plan.scratch_bytes(p, 1, 1, False)
+        assert not plan_on_chip(p, tight, gpu_plan.H100).gpu.few_launches
+
+
 def test_the_model_counts_what_is_not_needed():
     whole = plan_on_chip(problem(), 3 * 10**9, gpu_plan.H100).gpu
     for changes, gemms in (({"grad_locals": False}, 2), ({"grad_locals": False, "grad_summaries": False}, 1)):
