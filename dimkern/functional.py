@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -267,24 +267,30 @@ def _loss(
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loss_over(group: ProcessGroup, measure: str | None, l: Tensor, m: Tensor, options: _Options) -> Tensor | LossParts:
     """The loss of a batch that the processes of a group share."""
+    critic, reduction = options.critic, options.reduction
     with distributed.announcing(group):
         estimator, c, g, factor, kappa, clip, _ = _checked(measure, l, m, options, least_images=1)
-        if options.critic is not None:
-            raise ValueError("critic is a PairMLPCritic; over a group accepted is None, the dot critic")
         check_choice("negatives", options.negatives, ("all",))
-        needed = _needed(c, g, factor)
-        terms = grouped.terms(
-            estimator, c, g, scale=options.scale, clip=clip, kappa=kappa, reduction=options.reduction, needed=needed,
-            backend=options.backend,
-        )  # fmt: skip
+        keywords: dict[str, Any] = {
+            "scale": options.scale, "clip": clip, "kappa": kappa, "reduction": reduction, "backend": options.backend,
+        }  # fmt: skip
+        if critic is None:
+            terms = grouped.terms(estimator, c, g, needed=(*_needed(c, g, factor), False), **keywords)
+        else:
+            if reduction == "none":
+                raise ValueError("reduction is 'none'; with a critic over a group accepted are 'mean', 'sum'")
+            with torch.autocast(c.device.type, enabled=False):
+                layers = critic.first_layer(c, g, factor)
+            needed = pair_ops.needed(layers)
+            terms = grouped.terms(estimator, *layers[:2], needed=needed, critic="pair_mlp", **keywords)
     call = grouped.agree(group, terms)
-    if options.reduction == "none":
+    if reduction == "none":
         items, means = grouped.items(call, c, g, factor)
         loss = _of_items(items)
     else:
-        means = grouped.mean_loss(call, c, g, factor)
+        means = grouped.mean_loss(call, c, g, factor) if critic is None else grouped.pair_mlp_mean_loss(call, layers)
         p = call.plan.problem
-        loss = means.loss * (p.rows * p.L) if options.reduction == "sum" else means.loss
+        loss = means.loss * (p.rows * p.L) if reduction == "sum" else means.loss
     return LossParts(loss, *means[1:]) if options.return_parts else loss
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops, streaming
+from . import ops, pair_ops, streaming
 from .config import memory_budget
+from .critics import PairMLP
 from .distributed import Collectives, GroupError, Term, exchange
 from .estimators import Scores, item_losses, parts
 from .plan import Plan, Problem, choose_backend, describe, plan_for
@@ -70,25 +71,27 @@ class Terms:
 
 def terms(
     estimator: str,
-    c: Tensor,  # (n, L, K) or (n, H, W, K)
-    g: Tensor,  # (n, P, K)
+    c: Tensor,  # (n, L, K) or (n, H, W, K); of the pair MLP its first layer (n, L, H)
+    g: Tensor,  # (n, P, K), or (n, P, H)
     *,
     scale: float | Tensor | None,
     clip: float | None,
     kappa: float,
     reduction: str,
-    needed: tuple[bool, bool],  # gradients by c, and by scale * g
+    needed: tuple[bool, bool, bool],  # gradients by c, by scale * g, by the critic's weights
     backend: str,
+    critic: str = "dot",
 ) -> Terms:
     """The terms of this process.
 
     Raises:
         ValueError: a backend that does not serve a group.
     """
-    grad_c, grad_g = needed
+    grad_c, grad_g, grad_critic = needed
     p = describe(
-        estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=reduction == "none"
-    )
+        estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=reduction == "none",
+        critic=critic, grad_critic=grad_critic,
+    )  # fmt: skip
     chosen = choose_backend(backend, p.device, p.critic, p.score_dtype)
     if chosen not in SERVES:
         if backend != "auto":
@@ -99,11 +102,12 @@ def terms(
     common: dict[str, Term] = {
         "P": p.P, "L": p.L, "K": p.K, "the dtype of l": _short(c.dtype), "the dtype of m": _short(g.dtype),
         "the loss": estimator, "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip,
-        "backend": chosen,
+        "critic": critic, "backend": chosen,
     }  # fmt: skip
     own: dict[str, Term] = {
         "images": p.N, "scale": _value(scale), "budget": memory_budget(c.device), "threads": p.threads,
-        "grad_c": grad_c, "grad_g": grad_g, **{name: getattr(p, name) for name in (*_ANY, *_ALL)},
+        "grad_c": grad_c, "grad_g": grad_g, "grad_critic": grad_critic,
+        **{name: getattr(p, name) for name in (*_ANY, *_ALL)},
     }  # fmt: skip
     return Terms(p, kappa, backend, common, own)
 
@@ -130,7 +134,7 @@ def agree(group: dist.ProcessGroup, mine: Terms) -> Call:
     largest = replace(
         p, N=sum(counts), shard=(0, max(counts)), threads=max(every["threads"]),
         grad_locals=any(every["grad_c"]) or p.weights_known, grad_summaries=any(every["grad_g"]) or p.weights_known,
-        **joined,
+        grad_critic=any(every["grad_critic"]), **joined,
     )  # fmt: skip
     plan = plan_for(largest, min(every["budget"]), mine.backend)
     first = sum(counts[:rank])
@@ -165,6 +169,11 @@ def _check_same_scale(scales: list[Any]) -> None:
 def mean_loss(call: Call, c: Tensor, g: Tensor, scale: Tensor) -> Means:
     """The mean loss of the whole batch; gradients of a process's inputs are W times the loss's."""
     return Means(*_MeanLoss.apply(c, g, scale, call))  # type: ignore[no-untyped-call]
+
+
+def pair_mlp_mean_loss(call: Call, layers: PairMLP) -> Means:
+    """The same with the pair MLP, its first layer applied; the gradients of its weights are W times this share's."""
+    return Means(*_PairMLPMeanLoss.apply(*layers, call))  # type: ignore[no-untyped-call]
 
 
 def items(call: Call, c: Tensor, g: Tensor, scale: Tensor) -> tuple[Tensor, Means]:
@@ -203,6 +212,44 @@ class _MeanLoss(torch.autograd.Function):
         d_h = ctx.arriving.wait() if ctx.arriving else g.new_empty(0)
         factor = d_loss * ctx.world
         return *ops._by_inputs(ctx.needs_input_grad[:3], d_c * factor, d_h * factor, ctx.c_dtype, g, scale), None  # type: ignore[no-untyped-call]
+
+
+class _PairMLPMeanLoss(torch.autograd.Function):
+    """As `_MeanLoss`: the summaries' part of the first layer is gathered; gradients by weights are this share's."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *weights, call = rest
+        p = call.plan.problem
+        needed = call.grad_c, p.grad_summaries, p.grad_critic
+
+        def compute(collectives: Collectives, absent: bool) -> Any:
+            layers = PairMLP(a, collectives.gather(b), *weights)
+            gradients = pair_ops._gradients(layers, needed)
+            tiles: Any = _Absent(p) if absent else pair_ops._tiles(call.plan, layers, gradients, needed)  # type: ignore[no-untyped-call]
+            means = _means(
+                call, collectives, _own(call, streaming.in_blocks(tiles, call.plan, call.kappa, collectives))
+            )
+            if not absent:
+                tiles.finish_gradients()
+            return means, gradients, collectives.pack(gradients[1]) if p.grad_summaries else None
+
+        with ops._no_autocast(a):
+            collectives, (means, gradients, packed) = _together(call, compute)
+            ctx.arriving = collectives.scatter(*packed) if packed else None
+        ctx.mark_non_differentiable(*means[1:])
+        ctx.save_for_backward(gradients[0], *gradients[2:])
+        ctx.world = call.world
+        return tuple(means)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        by_a, *by_weights = ctx.saved_tensors
+        by_b = ctx.arriving.wait() if ctx.arriving else by_a
+        each = zip((by_a, by_b, *by_weights), ctx.needs_input_grad[:6], strict=True)
+        factor = d_loss * ctx.world
+        return *(x * factor if need else None for x, need in each), None
 
 
 class _Scores(torch.autograd.Function):

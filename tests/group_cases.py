@@ -170,6 +170,31 @@ def case_every_block_and_order():
                         assert_exact(estimator, varied(F64_CASE, **changes), equal(3), backend)
 
 
+def case_pair_mlp():
+    """The concat critic: loss, gradients of both inputs and of all its weights, which DDP averages."""
+    world = dist.get_world_size()
+    for estimator in REGISTRY:
+        for counts in (equal(), unequal()):
+            for clip, blocks in ((None, {}), (1.5, {"row_images": 2, "col_images": 1})):
+                case = varied(F64_CASE, N=sum(counts))
+                torch.manual_seed(1)
+                critic = dimkern.PairMLPCritic(7, hidden=5, dtype=F64)
+                l, m, scale = case.tensors()
+                keywords = {"scale": scale, "critic": critic, "clip": clip}
+                expected = loss_of(estimator, l, m, backend="reference", **keywords)
+                grads = torch.autograd.grad(expected, (l, m, scale, *critic.parameters()))
+                mine = share(l, counts), share(m, counts), scale, *critic.parameters()
+                with forced(**blocks):
+                    loss = loss_of(estimator, *mine[:2], group=dist.group.WORLD, **keywords)
+                torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
+                for i, (got, whole) in enumerate(zip(torch.autograd.grad(loss, mine), grads, strict=True)):
+                    if i < 2:
+                        assert_same_direction_and_size(f"{estimator}: {i}", got / world, share(whole, counts))
+                    else:
+                        dist.all_reduce(got)
+                        assert_same_direction_and_size(f"{estimator}: {i}", got / world, whole)
+
+
 def case_extreme_scores():
     """Scores of 1e4 and rows whose negatives are all on other processes."""
     for estimator in ("infonce", "dv", "jsd"):
@@ -343,6 +368,7 @@ def case_training_steps():
         ({"batch_size": each}, 1e-9),
         ({"batch_size": each + 1, "estimator": "jsd", "objective": "local"}, 1e-9),
         ({"batch_size": 2 * each, "chunk": 4}, 1e-9),
+        ({"batch_size": each, "critic": "concat", "estimator": "dv"}, 1e-9),
         ({"batch_size": each + 1, "gamma": 0.1}, 1e-5),  # the prior is float32 by design
         ({"batch_size": each, "gamma": 0.1, "prior_updates": "one-step", "prior": "gaussian"}, 1e-5),
     ):
@@ -353,6 +379,7 @@ def case_training_steps():
             images = torch.randint(0, 256, (8, config.batch_size, 1, 8, 8)).double() / 128 - 1
             made = make_model(config, Images("noise", torch.zeros(1, 1, 8, 8), None, None, None)).double()
             steps = Steps(made, config, torch.device("cpu"), several)
+            steps.objective.double()
             histories.append([steps.step(several.share(batch)) for batch in images])
         for i, (one, shared) in enumerate(zip(*histories, strict=True)):
             for name, value in one.items():

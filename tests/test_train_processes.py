@@ -59,7 +59,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
 def test_settings_that_need_the_whole_batch_are_refused():
     for settings in (
         {"negatives": "roll"},
-        {"critic": "concat"},
         {"pool": 8},
         {"batch_size": 2},
         {"batch_size": 24, "chunk": 12},

@@ -51,7 +51,7 @@ class PairMLPTiles(TorchTiles):
 
         if self._clip is not None and any(gradient is not None for gradient in grads):
             # now: in a tile the scratch of the layers is in use
-            self._own_slope = self._slope(self.positives(slice(0, plan.problem.N)))  # (N, P, L)
+            self._own_slope = self._slope(self.positives(plan.problem.here))  # (held, P, L)
 
     def finish_gradients(self) -> None:
         """Turn Q and q, which were accumulated in the places of ∂W2 and ∂b2, into the gradients."""
@@ -67,7 +67,7 @@ class PairMLPTiles(TorchTiles):
     def positives(self, images: slice) -> Tensor:
         p = self._p
         scores = torch.empty(images.stop - images.start, p.P, p.L, dtype=p.score_dtype, device=p.device)
-        b, a = self._g[images].unsqueeze(2), self._c[images].unsqueeze(1)
+        b, a = self._g[images].unsqueeze(2), self._c[self._here(images)].unsqueeze(1)
         for chunk in blocks(len(scores), self._plan.row_images * self._plan.col_images):
             self._hide(b[chunk], a[chunk])
             self._score_hidden(scores[chunk].view(-1))
@@ -93,16 +93,16 @@ class PairMLPTiles(TorchTiles):
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
-        for images in blocks(p.N, min(self._plan.row_images, self._plan.col_images)):
-            n = images.stop - images.start
-            self._hide(self._g[images].unsqueeze(2), self._c[images].unsqueeze(1))
+        for images in blocks(p.held, min(self._plan.row_images, self._plan.col_images), p.here.start):
+            n, here = images.stop - images.start, self._here(images)
+            self._hide(self._g[images].unsqueeze(2), self._c[here].unsqueeze(1))
             self._score_hidden(torch.empty(n * p.P * p.L, dtype=p.score_dtype, device=p.device))
-            by_hidden = self._back(self._own_weights(images, own[images]))
+            by_hidden = self._back(self._own_weights(images, own[here]))
             if by_hidden is None:
                 continue
             by_hidden = by_hidden.view(n, p.P, p.L, p.K)
             if self._grad_c is not None:
-                self._grad_c[images] += by_hidden.sum(1)
+                self._grad_c[here] += by_hidden.sum(1)
             if self._grad_h is not None:
                 self._grad_h[images] += by_hidden.sum(2)
 
@@ -117,7 +117,7 @@ class PairMLPTiles(TorchTiles):
         tile.mul_(alpha.to(p.score_dtype).reshape(-1, 1))  # (rows, cols)
         images = _both(rows, cols)
         if own is not None and images is not None:
-            weights = self._own_weights(images, own[_within(images, rows)])
+            weights = self._own_weights(images, self._own_of(own, images, rows))
             pairs = tile.view(rows.stop - rows.start, p.P, cols.stop - cols.start, p.L)
             own_pairs = pairs[_within(images, rows), :, _within(images, cols)].diagonal(
                 dim1=0, dim2=2
@@ -128,14 +128,14 @@ class PairMLPTiles(TorchTiles):
             return
         by_hidden = by_hidden.view(*tile.shape, p.K)
         if self._grad_c is not None:
-            self._grad_c[cols].flatten(0, 1).add_(by_hidden.sum(0))
+            self._grad_c[self._here(cols)].flatten(0, 1).add_(by_hidden.sum(0))
         if self._grad_h is not None:
             self._grad_h[rows].flatten(0, 1).add_(by_hidden.sum(1))
 
     def _own_weights(self, images: slice, own: Tensor) -> Tensor:
         """The weights (images, P, L) of own-image pairs, the slope of the soft clip in them."""
         weights = own.to(self._p.score_dtype)
-        return weights if self._clip is None else weights * self._own_slope[images]
+        return weights if self._clip is None else weights * self._own_slope[self._here(images)]
 
     def _hide(self, b: Tensor, a: Tensor) -> None:
         """The first hidden layer of the pairs of b and a, which broadcast to (..., H)."""
@@ -166,7 +166,7 @@ class PairMLPTiles(TorchTiles):
         return by_hidden
 
     def _block(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        return self._g[rows].flatten(0, 1).unsqueeze(1), self._c[cols].flatten(0, 1).unsqueeze(0)
+        return self._g[rows].flatten(0, 1).unsqueeze(1), self._c[self._here(cols)].flatten(0, 1).unsqueeze(0)
 
     def _pairs(self, rows: slice, cols: slice) -> int:
         p = self._p
@@ -183,9 +183,9 @@ class PairMLPTiles(TorchTiles):
         """This column block's place among the row block's truth values, (pairs, H)."""
         p = self._p
         if "units" not in self._buffers:
-            most = self._plan.row_images * p.P * p.N * p.L * p.K
+            most = self._plan.row_images * p.P * p.held * p.L * p.K
             self._buffers["units"] = torch.empty(most, dtype=torch.bool, device=p.device)
-        start = (rows.stop - rows.start) * p.P * cols.start * p.L * p.K
+        start = (rows.stop - rows.start) * p.P * self._here(cols).start * p.L * p.K
         pairs = self._pairs(rows, cols)
         return self._buffers["units"][start : start + pairs * p.K].view(pairs, p.K)
 

@@ -166,8 +166,7 @@ class TorchTiles:
         images = _both(rows, cols)
         if images is None:
             return
-        weights = own[_within(images, slice(max(rows.start, self._p.here.start), rows.stop))]
-        weights = weights.to(self._p.score_dtype)  # (images, P, L)
+        weights = self._own_of(own, images, rows)
         c, g = self._locals(cols)[_within(images, cols)], self._g[images]
         if self._clip is not None:
             weights = weights * self._slope(self._soft_clip(torch.bmm(g, c.transpose(1, 2))))
@@ -192,6 +191,11 @@ class TorchTiles:
         p = self._p
         pool = self._buffer("kept", self._plan.row_images * p.P * p.held * p.L)
         return pool[(rows.stop - rows.start) * p.P * self._here(cols).start * p.L :]
+
+    def _own_of(self, own: Tensor, images: slice, rows: slice) -> Tensor:
+        """(images, P, L) of the weights `own`, which are those of the images of `rows` that are here."""
+        given = slice(max(rows.start, self._p.here.start), rows.stop)
+        return own[_within(images, given)].to(self._p.score_dtype)
 
     def _here(self, images: slice) -> slice:
         """Where these images are among those whose local features this process has."""

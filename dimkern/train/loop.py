@@ -138,7 +138,7 @@ def refuse_sharing(config: TrainConfig, world: int) -> None:
     if world == 1:
         return
     whole = "needs the whole batch in one process; here are"
-    for name, alone in (("negatives", "all"), ("critic", "dot"), ("pool", 0)):
+    for name, alone in (("negatives", "all"), ("pool", 0)):
         if getattr(config, name) != alone:
             raise SettingError(name, f"got {getattr(config, name)}, which {whole} {world}; accepted is {alone}")
     part = config.chunk or config.norm_batch

@@ -65,6 +65,7 @@ class Steps:
         self.scaler.scale(loss).backward()
         if chunked:
             self.push(images, pairs)
+        self.processes.average_gradients(self.objective.parameters())  # those of critics, which DDP does not know
         self.scaler.step(self.adam)
         self.scaler.update()
         return {name: value.item() for name, value in said.items()}
