@@ -18,6 +18,9 @@ fails a check, and an instruction that is not known, raises. Nothing here says h
     `.utils.get_device_properties(0)["multiprocessor_count"]`. Ask it, not torch.cuda, and the launcher
     needs no other path for tests. `torch.cuda.device_of(tensor)` is harmless on CPU tensors.
 
+    Triton's interpreter, mended, in any order of the programs, is faster and sees races between programs:
+    `with interpreted(seed=1): kernel[grid](...)`; through the public losses `with simulated(90), interpreted():`.
+
 (b) A kernel of nvcc's:
 
     from simulator import GlobalMemory, compile_ptx, launch
@@ -44,9 +47,10 @@ from .nvcc import find as find_nvcc
 from .resources import Resources, gate, of_ptx, of_triton, table
 
 try:
+    from .interpreter import interpreted
     from .triton_driver import compiling, simulated
 except ImportError:  # no Triton here: PTX can still be run
-    compiling = simulated = None
+    compiling = simulated = interpreted = None
 
 __all__ = [
     "Deadlock",
@@ -61,6 +65,7 @@ __all__ = [
     "compiling",
     "find_nvcc",
     "gate",
+    "interpreted",
     "launch",
     "of_ptx",
     "of_triton",
