@@ -87,9 +87,10 @@ def scaling() -> None:
             torch.multiprocessing.spawn(process, (world, folder), world)
             rows += json.loads(Path(folder, "rows.json").read_text())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = {"machine": platform.machine(), "cores": cores, "torch": torch.__version__, "rounds": ROUNDS}
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # others at work make the figures theirs
+    about = {"machine": platform.machine(), "cores": cores, "load": load, "torch": torch.__version__, "rounds": ROUNDS}
     RESULT.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    print(f"InfoNCE, loss and gradients, float32, gloo, one thread a process, {cores} cores:")
+    print(f"InfoNCE, loss and gradients, float32, gloo, one thread a process, {cores} cores, load {load:.1f}:")
     print("scaling  processes      N   loss, ms   bare products, ms   ratio   speed-up")
     for kind in ("strong", "weak"):
         mine = [row for row in rows if row["kind"] == kind]
