@@ -129,8 +129,9 @@ def divide(i: Instruction, d: Decoder) -> Action:
 
     def quotient(a, b):
         safe = np.where(b == 0, b.dtype.type(1), b)
-        whole = np.abs(a) // np.abs(safe)  # towards zero, as C has it; numpy rounds down
-        whole = np.where((a < 0) != (b < 0), -whole, whole) if kind.signed else whole
+        whole = a // safe  # rounded down; C rounds towards zero
+        if kind.signed:
+            whole = whole + ((whole * safe != a) & ((a < 0) != (safe < 0))).astype(a.dtype)
         return np.where(b == 0, ~b.dtype.type(0), whole)
 
     if i.name == "div":
