@@ -159,18 +159,9 @@ def test_eight_launches_and_no_wait(gpu, estimator, monkeypatch):
     """A small problem's forward and backward; nothing waits for the host, so a CUDA graph can hold it."""
     case = varied(RAGGED, K=32, l_layout="channels_last", m_layout="NPK")
     l, m, _ = case.tensors()
-    monkeypatch.setattr(ops, "mean_loss", lambda *args: _mean_loss(*args))
-
-    class Loss(torch.autograd.Function):  # the op's own autograd, with its insides in sight of Watched
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = ops._mean_loss(*inputs)
-            ops._mean_loss_context(ctx, inputs, output)
-            return output
-
-        backward = staticmethod(ops._mean_loss_backward)
-
-    _mean_loss = Loss.apply
+    # the op with its own autograd, its insides in sight of Watched
+    monkeypatch.setattr(ops, "_below_autograd", lambda keyset, *arguments: ops._mean_loss(*arguments))
+    monkeypatch.setattr(ops, "mean_loss", lambda *arguments: ops._MeanLoss.apply(None, *arguments))
     with Watched() as watched:
         loss = dimkern.infonce_loss(l, m) if estimator == "infonce" else dimkern.fenchel_dual_loss(l, m)
         loss.backward(torch.ones(()))
