@@ -40,7 +40,9 @@ using Stream = cudaStream_t;
 // Launches a kernel that takes one struct; an error is the caller's to find (cudaGetLastError).
 template <class Params>
 void launch(void (*kernel)(Params), std::int64_t blocks, int threads, int shared, Stream stream, const Params& params) {
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream> > >(params);
+  const void* argument = &params;
+  cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), const_cast<void**>(&argument), shared,
+                   stream);
 }
 
 DK_DEVICE int thread() { return static_cast<int>(threadIdx.x); }

@@ -9,7 +9,8 @@ from ..errors import Unsupported
 from ..floats import PtxType
 from ..ptx import Instruction
 
-_ROUNDING = "rn approx full ftz sat NaN lo hi wide"
+_ROUNDING = "rn rm rp rz approx full ftz sat NaN lo hi wide"
+_TOWARDS = {"rm": -np.inf, "rp": np.inf, "rz": 0.0}
 _BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax}
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
@@ -18,6 +19,11 @@ def elementwise(i: Instruction, d: Decoder, function, kind: PtxType, result: Ptx
     """destination = function(sources), every operand of one type."""
     write = d.write(i.operands[0], result or kind)
     reads = [d.read(operand, kind) for operand in i.operands[1:]]
+    mode = next((part for part in i.parts if part in _TOWARDS), None)
+    if mode is not None:
+        if kind.name != "f32":
+            raise Unsupported(f".{mode} of {kind.name}")
+        function = _directed(function, _TOWARDS[mode])
     if kind.floating and "ftz" in i.parts:
         function = _flushed(function)
     if kind.floating and "sat" in i.parts:
@@ -29,6 +35,18 @@ def elementwise(i: Instruction, d: Decoder, function, kind: PtxType, result: Ptx
         a, b = reads
         return lambda block, mask: write(block, function(a(block), b(block)), mask)
     return lambda block, mask: write(block, function(*[read(block) for read in reads]), mask)
+
+
+def _directed(function, towards: float):
+    """Rounded towards a number instead of to the nearest: what float64 says of the result decides."""
+
+    def rounded(*operands):
+        exact = function(*(operand.astype(np.float64) for operand in operands))
+        nearest = exact.astype(np.float32)
+        beyond = np.abs(nearest) > np.abs(exact) if towards == 0.0 else (nearest - exact) * -np.sign(towards) > 0
+        return np.where(beyond, np.nextafter(nearest, np.float32(towards)), nearest)
+
+    return rounded
 
 
 def _flushed(function):

@@ -54,14 +54,16 @@ def load(i: Instruction, d: Decoder) -> Action:
 
 
 def _load_param(i: Instruction, d: Decoder, kind, targets: list[str]) -> Action:
-    found = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", i.operands[1])
-    if not found or found[1] not in d.param_offsets:
-        raise Unsupported(f"parameter {i.operands[1]}")
-    start = d.param_offsets[found[1]] + int(found[2] or 0)
+    address = d.address(i.operands[1], 8)  # of a name, or of a register that was moved one
     writes = [d.write(target, kind) for target in targets]
 
     def run(block, mask):
-        values = np.frombuffer(block.params, kind.raw, len(writes), start).view(kind.dtype)
+        starts = np.unique(address(block)[block.active(mask)]) - PARAM_WINDOW
+        if len(starts) > 1:
+            raise Unsupported("threads that read different parameters in one instruction")
+        if not 0 <= starts[0] <= len(block.params) - len(writes) * kind.bytes:
+            raise OutOfBounds(f"a parameter at byte {starts[0]} of {len(block.params)}")
+        values = np.frombuffer(block.params, kind.raw, len(writes), starts[0]).view(kind.dtype)
         for value, write in zip(values, writes, strict=True):
             write(block, np.full(block.threads, value), mask)
 
