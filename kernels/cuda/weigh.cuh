@@ -79,7 +79,8 @@ DK_DEVICE void fetch(const Weigh& w, unsigned char* stage, std::int64_t row0, st
   const auto side = [&](unsigned char* to, const void* from, std::int64_t first, std::int64_t count,
                         std::int64_t stride) {
 #pragma unroll
-    for (int row = thread() >> 3; row < kRows; row += kThreads / 8) {
+    for (int step = 0; step < kRows * 8 / kThreads; ++step) {
+      const int row = (thread() >> 3) + step * (kThreads / 8);
       const bool present = first + row < count && byte < w.line;
       const std::int64_t offset = present ? (first + row) * stride * std::int64_t(sizeof(T)) + byte : 0;
       copy_async(to + chunk_at(row, chunk), static_cast<const unsigned char*>(from) + offset, present);

@@ -1,5 +1,6 @@
 """What nvcc makes of kernels/cuda: resources of every kernel, and a library that loads where there is no CUDA."""
 
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 WARPS = 4
 # dynamic shared memory, and the blocks that an SM is to hold: of sm_80, of sm_90
 KERNELS = {
-    "weigh": (49152, {80: 3, 90: 4}),
+    "weigh": (49152, {80: 3, 90: 3}),
     "finish": (16, {80: 7, 90: 7}),
     "settle": (16, {80: 8, 90: 8}),
     "chain": (16, {80: 8, 90: 8}),
@@ -32,6 +33,8 @@ def test_resources(architecture, capsys):
         kernel = next(kernel for kernel in KERNELS if str(len(kernel)) + kernel in name)
         shared, blocks = KERNELS[kernel]
         label = name.removeprefix("_ZN7dimkern3gpu").split("EEE")[0]
+        # by Triton's ptxas, beside which is the disassembler; it may not know what nvcc's newest version is called
+        ptx = re.sub(r"^\.version .*$", ".version 8.5", ptx, count=1, flags=re.M)
         resources = of_ptx(ptx, chip, WARPS, shared, label)
         ok, reason = gate(resources, blocks_per_sm=blocks[chip], tensor_core=kernel == "weigh")
         if kernel == "weigh" and not (resources.loop.get("LDGSTS") and resources.loop.get("LDSM")):

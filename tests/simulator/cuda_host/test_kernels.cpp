@@ -78,7 +78,12 @@ bool check(double allowed) {
 
 }  // namespace
 
-int main() {
-  const bool ok = check<Bf16, INFONCE>(8e-3) & check<F16, JSD>(1e-3) & check<Tf32, H2>(2e-2);
+// Of the estimator that is named, or of three.
+int main(int count, char** names) {
+  const auto wanted = [&](const char* name) { return count < 2 || same_text(name, names[1]); };
+  bool ok = true;
+  if (wanted("infonce")) ok &= check<Bf16, INFONCE>(8e-3);
+  if (wanted("jsd")) ok &= check<F16, JSD>(2e-3);
+  if (wanted("h2")) ok &= check<Tf32, H2>(4e-3);
   return ok ? 0 : 1;
 }
