@@ -33,7 +33,11 @@ test: setup ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 gpu-gates: setup ## execute and check the GPU kernels without a GPU, print what they take of the chips
+	command -v nvcc >/dev/null || $(BIN)/python -m pip install --quiet $(NVCC) || echo "no nvcc: CUDA C++ is left out"
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/gpu_gates
+
+NVCC := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 \
+	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
 
 sanitize: setup ## run the native tests under the address and undefined-behaviour sanitizers
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DDIMKERN_SANITIZE=address,undefined
