@@ -70,3 +70,45 @@ def test_infonces_estimate_ends_at_the_logarithm_of_its_candidates():
     mi = float(parts_of("infonce", l, m).mi)
     assert known(d, rho) > 12
     assert math.log(16) - 0.05 < mi < math.log(16) + 1e-5
+
+
+def information_in(x: Tensor, y: Tensor, rho: float) -> float:
+    """The mean of log p(x, y)/p(x)p(y) over the pairs: what the best critic finds in this very sample."""
+    quadratic = (rho**2 * (x**2 + y**2) - 2 * rho * x * y) / (2 * (1 - rho**2))
+    return known(x.shape[1], rho) - float(quadratic.double().sum(1).mean())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "negatives", "below", "above"),
+    [
+        ("infonce", "all", 0.06, 0.02),
+        ("DV", "all", 0.06, 0.02),
+        ("KL", "all", 0.06, 0.02),
+        ("JSD", "permute", 0.1, 0.1),  # one negative each: more noise, and no bound
+    ],
+)
+def test_a_network_of_pairs_recovers_it_from_nothing_but_the_pairs(estimator, negatives, below, above):
+    """The concat critic, given x and y as they are, finds what is there: InfoNCE, DV and KL from below."""
+    torch.manual_seed(0)
+    critic = dimkern.PairMLPCritic(2, hidden=32)
+
+    def parts(x: Tensor, y: Tensor, negatives: str) -> LossParts:
+        keywords = {"critic": critic, "negatives": negatives, "return_parts": True}
+        if estimator == "infonce":
+            return dimkern.infonce_loss(x.unsqueeze(2), y, self_mask="exclude", **keywords)
+        return dimkern.fenchel_dual_loss(x.unsqueeze(2), y, estimator, **keywords)
+
+    def gap() -> float:
+        with torch.no_grad():
+            x, y = draw(2048, 2, 0.8)
+            return float(parts(x, y, "all").mi) - information_in(x, y, 0.8)
+
+    assert gap() < -0.8  # untrained
+    adam = torch.optim.Adam(critic.parameters(), 5e-3)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, 400)
+    for _ in range(400):
+        adam.zero_grad()
+        parts(*draw(64, 2, 0.8), negatives).loss.backward()
+        adam.step()
+        falling.step()
+    assert -below < gap() < above

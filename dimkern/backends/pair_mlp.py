@@ -48,7 +48,6 @@ class PairMLPTiles(TorchTiles):
         self._weight_sum = torch.zeros((), dtype=self._wide, device=plan.problem.device)
         # (H, H), what carries U to the first layer
         self._down = self._w3.unsqueeze(1) * self._w2 if grads.a is not None or grads.b is not None else None
-
         if self._clip is not None and any(gradient is not None for gradient in grads):
             # now: in a tile the scratch of the layers is in use
             self._own_slope = self._slope(self.positives(plan.problem.here))  # (held, P, L)
@@ -119,10 +118,8 @@ class PairMLPTiles(TorchTiles):
         if own is not None and images is not None:
             weights = self._own_weights(images, self._own_of(own, images, rows))
             pairs = tile.view(rows.stop - rows.start, p.P, cols.stop - cols.start, p.L)
-            own_pairs = pairs[_within(images, rows), :, _within(images, cols)].diagonal(
-                dim1=0, dim2=2
-            )  # (P, L, images)
-            own_pairs.copy_(weights.permute(1, 2, 0))
+            diagonal = pairs[_within(images, rows), :, _within(images, cols)].diagonal(dim1=0, dim2=2)  # (P, L, images)
+            diagonal.copy_(weights.permute(1, 2, 0))
         by_hidden = self._back(tile)
         if by_hidden is None:
             return
