@@ -4,7 +4,7 @@ Every contender's loss and gradients are first compared with float64 at a small 
 rounds, a first call excluded. The floor is the H×H products alone on tiles of the size that dimkern chose, in the
 same run: three for each pair (scores, ∂W2, the gradient by the first layer).
 
-    python -m benchmarks.pair_mlp --images 16 64 --json benchmarks/results/pair_mlp.json
+    python -m benchmarks.pair_mlp --images 16 32 --json benchmarks/results/pair_mlp.json
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from dimkern.config import memory_budget
 from . import measure
 from .compare import about
 
-Loss = Callable[[Tensor, Tensor, dimkern.PairMLPCritic], Tensor]
+Clock = Callable[[], float]
 L, CHANNELS = 64, (128, 64)  # locations; channels of the local features and of the summaries
 
 
@@ -78,7 +79,6 @@ def ours(l: Tensor, m: Tensor, critic: dimkern.PairMLPCritic, estimator: str) ->
 
 
 CONTENDERS = {"dimkern": ours, "checkpointed": checkpointed, "eager": eager, "eager concat": eager_concat}
-_PATIENCE = 120.0  # seconds of one contender's rounds at one shape
 # bytes for each pair and hidden unit, about: two layers, their relu and gradients; and the concatenation
 _EAGER = {"eager": 20, "eager concat": 24}
 
@@ -147,26 +147,34 @@ def peak_bytes(name: str, estimator: str, N: int, H: int) -> int:
         child.join()
 
 
-def compare(N: int, H: int, estimator: str, rounds: int, room: float, peaks: bool) -> list[dict]:
+def compare(
+    N: int, H: int, estimator: str, names: list[str], rounds: int, room: float, clock: Clock | None, peaks: bool
+) -> list[dict]:
     """One row for each contender at one shape."""
     inputs = _inputs(N, H)
-    takes = {name: _EAGER.get(name, 0) * N * N * L * H for name in CONTENDERS}
-    calls: dict[str, Callable[[], object]] = {"floor": _floor(N, H)}
-    for name in CONTENDERS:
-        if takes[name] <= room:
-            calls[name] = lambda name=name: _step(name, estimator, *inputs)
-    foreseen = {name: measure.once(call) for name, call in calls.items()}  # the first call, which warms up
-    samples = measure.interleaved(calls, foreseen, rounds, patience=_PATIENCE)
-    floor = median(samples["floor"])
+    takes = {name: _EAGER.get(name, 0) * N * N * L * H for name in names}
+    fits = [name for name in names if takes[name] <= room]
+    samples: dict[str, list[float]] = {}
+    if clock is not None:
+        calls: dict[str, Callable[[], object]] = {"floor": _floor(N, H)}
+        calls |= {name: lambda name=name: _step(name, estimator, *inputs) for name in fits}
+        for i in range(rounds + 1):
+            for name, call in calls.items():
+                start = clock()
+                result = call()
+                seconds = clock() - start
+                del result
+                if i > 0:  # the first round warms up
+                    samples.setdefault(name, []).append(seconds)
     rows = []
-    for name in ("floor", *CONTENDERS):
-        row = {"N": N, "L": L, "H": H, "estimator": estimator, "contender": name}
+    for name in ("floor", *names):
+        row: dict = {"N": N, "L": L, "H": H, "estimator": estimator, "contender": name}
         if name in samples:
             seconds = median(samples[name])
-            row |= {"seconds": seconds, "ratio": seconds / floor, "samples": samples[name]}
-            if name != "floor" and peaks:
-                row["peak_bytes"] = peak_bytes(name, estimator, N, H)
-        else:
+            row |= {"seconds": seconds, "ratio": seconds / median(samples["floor"]), "samples": samples[name]}
+        if name in fits and peaks:
+            row["peak_bytes"] = peak_bytes(name, estimator, N, H)
+        if takes.get(name, 0) > room:
             row["reason"] = f"needs about {takes[name] / 1e9:.1f} GB"
         rows.append(row)
     return rows
@@ -176,7 +184,7 @@ def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = ["| (N, L, H) | loss | contender | ms | × floor | peak, MB |", "|---|---|---|---|---|---|"]
     for row in rows:
-        numbers = row.get("reason") or f"{row['seconds'] * 1e3:.0f}"
+        numbers = row.get("reason") or (f"{row['seconds'] * 1e3:.0f}" if "seconds" in row else "")
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         peak = f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else ""
         shape = f"({row['N']}, {row['L']}, {row['H']})"
@@ -192,19 +200,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
     parser.add_argument("--room", type=float, default=2e9, help="bytes that an eager contender may take")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
+    parser.add_argument("--no-times", action="store_true", help="measure memory alone: one step of each")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread: what a busy machine disturbs least")
     parser.add_argument("--no-peaks", action="store_true", help="no processes that measure memory")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples and versions")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="all samples and versions; what it holds of other shapes stays"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.cpu_time and options.threads != 1:
+        parser.error("--cpu-time adds up what all threads take; it goes with --threads 1")
+    clock = None if options.no_times else time.process_time if options.cpu_time else time.perf_counter
     _check(options.hidden)
     rows: list[dict] = []
     for N in options.images:
         for estimator in options.estimators:
             peaks = not options.no_peaks
-            rows += compare(N, options.hidden, estimator, options.rounds, options.room, peaks)
+            rows += compare(N, options.hidden, estimator, options.only, options.rounds, options.room, clock, peaks)
     print(table(rows))
     if options.json:
+        shapes = {(row["N"], row["H"]) for row in rows}
+        held = json.loads(options.json.read_text())["rows"] if options.json.exists() else []
+        rows = [row for row in held if (row["N"], row["H"]) not in shapes] + rows
         result = {"about": about(options.threads, options.rounds, "pair MLP"), "rows": rows}
+        result["about"]["clock"] = "processor time" if options.cpu_time else "wall"
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
