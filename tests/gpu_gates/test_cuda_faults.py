@@ -1,14 +1,18 @@
 """Faults planted in kernels/cuda, and which check finds each: a meta-test of the other tests of these kernels.
 
 The sources are changed as text, compiled by g++ on the emulation and run by simulator/cuda_host/test_kernels.cpp:
-against sums in double, or under a sanitizer, where a CUDA thread is a std::thread.
+against sums in double, or under a sanitizer, where a CUDA thread is a std::thread. What is changed in the PTX runs in
+the simulator.
 """
 
+import re
 import shutil
 import subprocess
 
 import pytest
-from simulator.cuda_host.library import KERNELS, ROOT, gxx
+from oracle import BF16, Case
+from simulator import SimulationError, find_nvcc
+from simulator.cuda_host.library import KERNELS, ROOT, assert_right, gxx, on_cpu_tensors
 
 TEST = ROOT / "tests/simulator/cuda_host/test_kernels.cpp"
 THREADS = ["-DDK_THREADS", "-pthread", "-O1"]
@@ -19,6 +23,8 @@ FLAGS = {
 }
 # file, what stands there (the n-th time), what is put there, and the check that finds it; None: nothing does
 PLANTED = {
+    "a dropped barrier before a stage is read": ("weigh.cuh", "sync_block();  // the line", 0, "//", "thread"),
+    "a dropped barrier between two reductions": ("reduce.cuh", "sync_block();  // the next", 0, "//", "thread"),
     "a weakened wait": ("weigh.cuh", "wait_async<kStages - 2>", 0, "wait_async<kStages - 1>", "double"),
     "a removed mask of columns": ("weigh.cuh", "w.M - col0 < kCols ? w.M - col0 : kCols", 0, "kCols", "double"),
     "a removed mask of rows that are loaded": ("weigh.cuh", "first + row < count &&", 0, "count > 0 &&", "address"),
@@ -56,3 +62,30 @@ def test_planted(fault, tmp_path):
     assert (run.returncode != 0) == (planted[-1] is not None), run.stdout + run.stderr
     if check != "double":
         assert "Sanitizer" in run.stderr
+
+
+# in the PTX: a pattern, the n-th time it occurs, and what is put there
+PTX_FAULTS = {
+    "a dropped barrier": (r"bar\.sync\s+0;", 0, ""),
+    "a weakened wait": (r"cp\.async\.wait_group 1;", 0, "cp.async.wait_group 2;"),
+    "an operand read from another register": (r"(mma\.sync\S+ \{[^}]*\}, \{)(%r\d+), (%r\d+)", 3, r"\1\3, \2"),
+}
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.parametrize("fault", PTX_FAULTS)
+def test_planted_in_the_ptx(fault):
+    from simulator.cuda_host.ptx import executed
+
+    pattern, n, instead = PTX_FAULTS[fault]
+
+    def change(ptx):
+        places = list(re.finditer(pattern, ptx))
+        if "mma.sync" not in ptx:
+            return ptx
+        place = places[n]
+        return ptx[: place.start()] + place.expand(instead) + ptx[place.end() :]
+
+    case = Case(N=4, L=20, K=200, scale=0.05, l_dtype=BF16, m_dtype=BF16, l_layout="transposed", m_layout="NK")
+    with on_cpu_tensors(), pytest.raises((SimulationError, AssertionError)), executed("80", change):
+        assert_right("infonce", case)
