@@ -95,7 +95,8 @@ for name, row in REGISTRY.items():
         out = torch.full_like(s, torch.nan)
         kernel[(1,)](s, ref, out, term in ("psi", "phi"), function)
         expected = getattr(row, term)(s.double(), ref.double())
-        torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}.{term}: {m}")
+        # exp is 2 to the power of x log2(e), as on the chip: to round that costs up to |x| 2^-24, where |x| is 19 here
+        torch.testing.assert_close(out.double(), expected, rtol=2e-6, atol=1e-6, msg=lambda m: f"{name}.{term}: {m}")
 print("equal")
 """
 
