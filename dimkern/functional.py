@@ -270,7 +270,8 @@ def _loss_over(group: ProcessGroup, measure: str | None, l: Tensor, m: Tensor, o
     critic, reduction = options.critic, options.reduction
     with distributed.announcing(group):
         estimator, c, g, factor, kappa, clip, _ = _checked(measure, l, m, options, least_images=1)
-        check_choice("negatives", options.negatives, ("all",))
+        if options.negatives != "all":
+            raise ValueError(f"negatives is {options.negatives!r}; over a group accepted is 'all'")
         keywords: dict[str, Any] = {
             "scale": options.scale, "clip": clip, "kappa": kappa, "reduction": reduction, "backend": options.backend,
         }  # fmt: skip

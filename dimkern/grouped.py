@@ -100,9 +100,9 @@ def terms(
             )
         backend = chosen = "streaming"
     common: dict[str, Term] = {
-        "P": p.P, "L": p.L, "K": p.K, "the dtype of l": _short(c.dtype), "the dtype of m": _short(g.dtype),
-        "the loss": estimator, "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip,
-        "critic": critic, "backend": chosen,
+        "critic": critic, "the kind of device": p.device.type, "P": p.P, "L": p.L, "K": p.K,
+        "the dtype of l": _short(c.dtype), "the dtype of m": _short(g.dtype), "the loss": estimator,
+        "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip, "backend": chosen,
     }  # fmt: skip
     own: dict[str, Term] = {
         "images": p.N, "scale": _value(scale), "budget": memory_budget(c.device), "threads": p.threads,
@@ -318,7 +318,8 @@ def _means(call: Call, collectives: Collectives, own: Scores) -> tuple[Tensor, .
     loss = item_losses(p.row, positives, negatives).mean()
     means = loss, *parts(p.row, positives, negatives, loss, candidates=1 + (p.N - 1) * p.L)
     share = torch.stack([x.to(streaming.wide(p)) for x in means]) * (p.held / p.N)
-    return collectives.total(share).to(p.score_dtype).unbind()
+    # a tensor each: autograd refuses in-place arithmetic, such as loss /= 2, on views that a Function returns
+    return tuple(x.clone() for x in collectives.total(share).to(p.score_dtype))
 
 
 class _Absent:

@@ -304,6 +304,22 @@ def case_subgroups():
         dimkern.infonce_loss(torch.ones(2, 3, 4), torch.ones(2, 3), group="world")
 
 
+def case_the_loss_may_be_changed_in_place():
+    """As loss /= 2 of an accumulating loop does; no other number that the call returned changes with it."""
+    torch.manual_seed(1)
+    critic = dimkern.PairMLPCritic(7, hidden=5, dtype=F64)
+    for changes, keywords in (({}, {}), ({"reduction": "sum"}, {}), ({}, {"critic": critic})):
+        case, gradients = varied(F64_CASE, N=sum(unequal()), **changes), []
+        for factor in (1, 2):
+            got, leaves = shared_loss("infonce", case, unequal(), return_parts=True, **keywords)
+            loss, before = got.loss, [float(x.detach()) for x in got]
+            loss /= factor
+            assert [float(x.detach()) * (factor if i == 0 else 1) for i, x in enumerate(got)] == before
+            gradients.append(torch.autograd.grad(loss, leaves))
+        for one, half in zip(*gradients, strict=True):
+            assert torch.equal(one / 2, half)
+
+
 class Toy(nn.Module):
     """An encoder with a learnable temperature: images (N, 5) to (l, m, scale)."""
 
@@ -404,6 +420,7 @@ def case_disagreement_is_an_error_everywhere():
     last = dist.get_rank() == dist.get_world_size() - 1
     l, m = torch.randn(2, 6, 5), torch.randn(2, 6)
     for name, (other_l, other_m, keywords) in {
+        "disagree on critic": (l, m, {"critic": dimkern.PairMLPCritic(6, hidden=5)}),
         "disagree on K": (l[:, :4], m[:, :4], {}),
         "disagree on L": (l[:, :, :3], m, {}),
         "disagree on P": (l, m[..., None].expand(2, 6, 2), {}),
@@ -436,7 +453,13 @@ def case_bad_input_is_an_error_everywhere():
     ):
         with expected_error(kind if last else dimkern.GroupError, text):
             dimkern.infonce_loss(*(bad if last else (l, m)), group=dist.group.WORLD)
-    for keywords in ({"reduction": "each"}, {"backend": "none"}, {"clip": -1.0}, {"backend": "reference"}):
+    for keywords in (
+        {"reduction": "each"},
+        {"negatives": "roll"},
+        {"backend": "none"},
+        {"clip": -1.0},
+        {"backend": "reference"},
+    ):
         name, value = next(iter(keywords.items()))
         with expected_error(ValueError if last else dimkern.GroupError, name):
             dimkern.infonce_loss(l, m, group=dist.group.WORLD, **{name: value} if last else {})
