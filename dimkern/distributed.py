@@ -22,7 +22,7 @@ from torch import Tensor
 
 Term = str | int | float | None
 
-_MESSAGE_BYTES = 256  # of one process in an exchange
+MESSAGE_BYTES = 256  # of one process in an exchange
 _REFUSED = "!"  # opens the message of a process that cannot take part; no JSON begins so
 
 
@@ -74,16 +74,16 @@ def announcing(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 def _all_texts(group: dist.ProcessGroup, text: str) -> list[str]:
-    """The text of every process, cut to _MESSAGE_BYTES."""
+    """The text of every process, cut to MESSAGE_BYTES."""
     # over the host's own backend where the group has one: an accelerator's would wait for all it has queued
     host = "cpu:" in str(dist.get_backend_config(group))
     device = torch.device("cpu") if host else torch.accelerator.current_accelerator()
-    message = text.encode("ascii", "replace")[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
+    message = text.encode("ascii", "replace")[:MESSAGE_BYTES].ljust(MESSAGE_BYTES)
     mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
-    every = torch.empty(dist.get_world_size(group) * _MESSAGE_BYTES, dtype=torch.uint8, device=device)
+    every = torch.empty(dist.get_world_size(group) * MESSAGE_BYTES, dtype=torch.uint8, device=device)
     _all_gather(every, mine, group=group)
     both = bytes(every.tolist())
-    return [both[i : i + _MESSAGE_BYTES].decode().rstrip() for i in range(0, len(both), _MESSAGE_BYTES)]
+    return [both[i : i + MESSAGE_BYTES].decode().rstrip() for i in range(0, len(both), MESSAGE_BYTES)]
 
 
 def _all_gather(*arguments: Any, **options: Any) -> Any:

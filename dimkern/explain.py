@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import pair_ops
+from . import distributed, grouped, pair_ops
 from .config import memory_budget
 from .critics import PairMLPCritic, check_critic
 from .estimators import REGISTRY
@@ -27,6 +29,9 @@ from .plan import (
 )
 from .validate import as_locals, as_summaries, check_choice, check_clip, check_pair, check_reduction, check_scale
 
+if TYPE_CHECKING:  # a build of torch may lack it
+    from torch.distributed import ProcessGroup
+
 
 def explain(
     l: Tensor,
@@ -38,6 +43,7 @@ def explain(
     reduction: str = "mean",
     backend: str = "auto",
     critic: PairMLPCritic | None = None,
+    group: ProcessGroup | None = None,
 ) -> str:
     """How a loss would be computed on these inputs: backend, loop order, blocks, FLOPs, bytes and peak memory.
 
@@ -45,13 +51,15 @@ def explain(
         l, m: as for the loss; gradients are counted where they require them.
         loss: an estimator: "infonce", "dv", or a measure of `fenchel_dual_loss`, in either case.
         scale, clip, reduction, backend, critic: as for the loss.
+        group: as for the loss. Nothing is sent: all processes are taken to have as many images as this one.
 
     Raises:
         ValueError, TypeError: as the loss would.
     """
     c, g = as_locals(l), as_summaries(m)
     check_critic(critic, c.device)
-    check_pair(l, m, c, g, None if critic is None else critic.channels)
+    others = distributed.members(group)
+    check_pair(l, m, c, g, None if critic is None else critic.channels, 2 if others is None else 1)
     estimator = loss.lower() if isinstance(loss, str) else loss
     check_choice("loss", estimator, tuple(REGISTRY))
     check_reduction(estimator, reduction)
@@ -68,6 +76,11 @@ def explain(
     else:
         layers = critic.first_layer(c, g, factor)
         p = pair_ops.problem_of(layers, estimator, clip, pair_ops.needed(layers), known)
+    if others is not None:
+        first, world = others.rank() * p.N, others.size()
+        p = replace(p, N=world * p.N, shard=(first, first + p.N))
+        backend = grouped.planned_backend(backend, p)
+        chosen = choose_backend(backend, c.device, kind, dtype)
     budget = memory_budget(c.device)
     plan = None if chosen == "reference" else plan_for(p, budget, backend)
     pairs, (letter, width, what) = p.rows * p.N * p.L, ("K", 1, "the pair tensor")
@@ -81,8 +94,20 @@ def explain(
         f"backend: {plan.backend if plan else chosen}",
     ]
     reasons = {name: unfit(name, p, budget) for name in BACKENDS}
+    if others is not None:
+        alone = dict.fromkeys(set(BACKENDS) - set(grouped.SERVES), "it does not serve a group")
+        reasons = {name: reason or alone.get(name) for name, reason in reasons.items()}
     lines += [f"  not {name}: {reason}" for name, reason in reasons.items() if reason]
-    return "\n".join(lines if plan is None else lines + _plan_lines(plan))
+    if plan is None:
+        return "\n".join(lines)
+    lines += _plan_lines(plan)
+    if others is not None:
+        sent = grouped.sent(plan)
+        lines.append(
+            f"group: {world} processes of {p.held} images; a call and its backward make {len(sent)} collectives, to "
+            f"which a process contributes {format_bytes(sum(sent))}"
+        )
+    return "\n".join(lines)
 
 
 def _plan_lines(plan: Plan) -> list[str]:
@@ -103,7 +128,7 @@ def _plan_lines(plan: Plan) -> list[str]:
     # known weights mean reduction="none": its forward is a product of its own, and its backward sweeps the pairs again
     gemms = plan.gemms + (p.weights_known and p.needs_grad)
     traffic = (
-        (row_blocks * (2 + 2 * p.grad_locals) * p.N * p.L + p.rows * 2)
+        (row_blocks * (2 + 2 * p.grad_locals) * p.held * p.L + p.rows * 2)
         * p.K
         * (p.operand_dtype if plan.gpu else p.score_dtype).itemsize
     )

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from . import ops, pair_ops, streaming
 from .config import memory_budget
 from .critics import PairMLP
-from .distributed import Collectives, GroupError, Term, exchange
+from .distributed import MESSAGE_BYTES, Collectives, GroupError, Term, exchange
 from .estimators import Scores, item_losses, parts
 from .plan import Plan, Problem, choose_backend, describe, plan_for
 
@@ -92,17 +92,12 @@ def terms(
         estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=reduction == "none",
         critic=critic, grad_critic=grad_critic,
     )  # fmt: skip
-    chosen = choose_backend(backend, p.device, p.critic, p.score_dtype)
-    if chosen not in SERVES:
-        if backend != "auto":
-            raise ValueError(
-                f"backend is {backend!r}; over a group accepted are 'auto', {', '.join(map(repr, SERVES))}"
-            )
-        backend = chosen = "streaming"
+    backend = planned_backend(backend, p)
     common: dict[str, Term] = {
         "critic": critic, "the kind of device": p.device.type, "P": p.P, "L": p.L, "K": p.K,
         "the dtype of l": _short(c.dtype), "the dtype of m": _short(g.dtype), "the loss": estimator,
-        "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip, "backend": chosen,
+        "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip,
+        "backend": choose_backend(backend, p.device, p.critic, p.score_dtype),
     }  # fmt: skip
     own: dict[str, Term] = {
         "images": p.N, "scale": _value(scale), "budget": memory_budget(c.device), "threads": p.threads,
@@ -110,6 +105,36 @@ def terms(
         **{name: getattr(p, name) for name in (*_ANY, *_ALL)},
     }  # fmt: skip
     return Terms(p, kappa, backend, common, own)
+
+
+def planned_backend(backend: str, p: Problem) -> str:
+    """The backend to plan for over a group, of the one asked for.
+
+    Raises:
+        ValueError: a backend that does not serve a group.
+    """
+    if choose_backend(backend, p.device, p.critic, p.score_dtype) in SERVES:
+        return backend
+    if backend != "auto":
+        raise ValueError(f"backend is {backend!r}; over a group accepted are 'auto', {', '.join(map(repr, SERVES))}")
+    return "streaming"
+
+
+def sent(plan: Plan) -> list[int]:
+    """Bytes that a process contributes to each collective of a call and its backward, where all have as many images."""
+    p, wide = plan.problem, streaming.wide(plan.problem).itemsize
+    numbers = p.P * p.K
+    calls = [MESSAGE_BYTES, p.held * numbers * p.summaries_dtype.itemsize, 4 * wide, MESSAGE_BYTES]
+    known, one_pass = p.weights_known, plan.order == "columns outside" or not p.needs_grad
+    for rows in [slice(0, p.N)] if one_pass or p.row.family != "row_lse" else plan.row_blocks():
+        statistic = wide * (1 if p.row.family == "global_lse" else (rows.stop - rows.start) * p.P)
+        of_weights = p.row.family == "row_lse" and p.needs_grad and not known
+        calls += [statistic] * ((1 if p.row.family == "pointwise" else 2) + of_weights)
+    if p.needs_grad and known:  # the backward of reduction="none" sweeps the pairs again
+        calls += [p.rows * p.itemsize, MESSAGE_BYTES]
+    if p.grad_summaries or (p.needs_grad and known):
+        calls.append(p.N * numbers * p.itemsize)
+    return calls
 
 
 def agree(group: dist.ProcessGroup, mine: Terms) -> Call:

@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dimkern
 from dimkern import distributed, grouped, streaming
 from dimkern.estimators import REGISTRY
+from dimkern.plan import format_bytes
 from dimkern.train.config import TrainConfig
 from dimkern.train.data import Images
 from dimkern.train.loop import make_model
@@ -562,6 +563,32 @@ def case_collectives_and_bytes():
                     summaries = gathered[1] + scattered[0][1]
                     features = 2 * most * 50 * K * item  # gathering them, and scattering their gradient
                     assert features == 50 / P * summaries
+
+
+def case_explain_counts_what_is_sent():
+    """Collectives and bytes of a call and its backward, as they are made."""
+    if dist.get_world_size() == 1:
+        return
+    critic = dimkern.PairMLPCritic(7, hidden=5)
+    for estimator in ONE_OF_EACH_FAMILY:
+        for reduction in reductions(estimator):
+            # the dot critic also with room for blocks of a few rows and columns only
+            for keywords, budget in (({}, 2**28), ({}, 20_000), ({"critic": critic}, 2**28)):
+                if reduction == "none" and keywords:
+                    continue
+                for needs in ("lm", ""):
+                    calls, case = [], Case(N=sum(equal(3)), P=2, L=50, K=7, needs=needs, reduction=reduction)
+                    with counted(calls), torch.set_grad_enabled(bool(needs)), dimkern.config(memory_budget=budget):
+                        loss, (l, m, scale) = shared_loss(estimator, case, equal(3), **keywords)
+                        if needs:
+                            loss.sum().backward()
+                        said = dimkern.explain(
+                            l, m, loss=estimator, scale=scale, reduction=reduction, group=dist.group.WORLD, **keywords
+                        )
+                    if budget == 20_000 and reduction == "mean":
+                        assert "blocks: 1 of" not in said or " x 1 of" not in said, said
+                    total = format_bytes(sum(sent for _, sent, _ in calls))
+                    assert f"make {len(calls)} collectives, to which a process contributes {total}" in said, said
 
 
 def case_memory_does_not_grow_with_the_world():
