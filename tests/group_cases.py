@@ -36,6 +36,8 @@ from oracle import (
     varied,
 )
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import dimkern
@@ -353,6 +355,29 @@ def case_ddp():
                         loss_of(estimator, l, m, scale=scale, group=dist.group.WORLD).backward()
                 for (name, p), q in zip(model.module.named_parameters(), alone.parameters(), strict=True):
                     assert_same_direction_and_size(f"{estimator}: gradient of {name}", p.grad, q.grad)
+
+
+def case_fsdp():
+    """Parameters sharded over the processes, one of them a scale: gradients equal one process's."""
+
+    class Sharded(Toy):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(self.log_scale.detach()[None])  # FSDP shards no 0-d parameter
+
+        def forward(self, x):
+            l, m, scale = super().forward(x)
+            return l.contiguous(), m, scale.sum()
+
+    for estimator in ONE_OF_EACH_FAMILY:
+        x = torch.randn(sum(unequal()), 5, dtype=F64, generator=torch.Generator().manual_seed(1))
+        alone, sharded = Sharded().double(), Sharded().double()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        for model, images, group in ((alone, x, None), (sharded, share(x, unequal()), dist.group.WORLD)):
+            l, m, scale = model(images)
+            loss_of(estimator, l, m, scale=scale, group=group).backward()
+        for (name, p), q in zip(sharded.named_parameters(), alone.parameters(), strict=True):
+            assert_same_direction_and_size(f"{estimator}: gradient of {name}", p.grad.full_tensor(), q.grad)
 
 
 def case_encoder_in_chunks():
