@@ -100,7 +100,19 @@ def test_folder_without_classes_has_no_labels_and_keeps_every_pixel(tmp_path):
     assert seen == {array.tobytes() for array in pixels.values()}
 
 
-def test_unusable_folders_are_named(tmp_path):
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    deep = (np.arange(64).reshape(8, 8) * 1000).astype(np.uint16)
+    for i in range(8):
+        Image.fromarray(deep).save(tmp_path / f"{i}.{'png' if i % 2 else 'tif'}")
+    images = load_folder(tmp_path, 8, "gray")
+    for image in torch.cat([images.train, images.held_out]):
+        assert np.array_equal(image[0].numpy(), deep >> 8)
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "4.tif")
+    with pytest.raises(SettingError, match=r"cannot read .*4\.tif.* mode F"):
+        load_folder(tmp_path, 8, "gray")
+
+
+def test_unusable_folders_are_named(tmp_path, monkeypatch):
     with pytest.raises(SettingError, match="absent is not a folder"):
         load_folder(tmp_path / "absent", 16, "rgb")
     with pytest.raises(SettingError, match="0 images"):
@@ -110,6 +122,9 @@ def test_unusable_folders_are_named(tmp_path):
         load_folder(tmp_path, 16, "rgb")
     (tmp_path / "a" / "3.png").write_bytes(b"not an image")
     with pytest.raises(SettingError, match=r"cannot read .*3\.png"):
+        load_folder(tmp_path, 16, "rgb")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # beyond twice that Pillow refuses
+    with pytest.raises(SettingError, match=r"cannot read .*0\.png.*pixels"):
         load_folder(tmp_path, 16, "rgb")
 
 

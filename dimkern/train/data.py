@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import TrainConfig
@@ -216,7 +217,7 @@ def load_folder(root: Path, size: int, color: str) -> Images:
 
     The subfolders of `root` are the classes, unless there is only one or images lie in `root` itself.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if not root.is_dir():
         raise SettingError("data", f"{root} is not a folder; accepted is folder:PATH with images in or below PATH")
@@ -228,10 +229,8 @@ def load_folder(root: Path, size: int, color: str) -> Images:
     images = np.empty((len(paths), size, size, 3 if color == "rgb" else 1), np.uint8)
     for row, path in zip(images, paths, strict=True):
         try:
-            with Image.open(path) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB" if color == "rgb" else "L")
-                row[:] = np.asarray(ImageOps.fit(upright, (size, size))).reshape(row.shape)
-        except OSError as error:
+            row[:] = read_image(path, size, color).reshape(row.shape)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise SettingError("data", f"cannot read {path} as an image: {error}") from error
 
     tops = [path.relative_to(root).parts[0] for path in paths]
@@ -244,3 +243,21 @@ def load_folder(root: Path, size: int, color: str) -> Images:
                 "data", f"class {name} of {root} has one image; a class needs at least two, one to hold out"
             )
     return split(root.resolve().name, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
+
+
+def read_image(path: Path, size: int, color: str) -> NDArray[np.uint8]:
+    """The middle square of an image, (size, size) or (size, size, 3); of 16 bits the upper 8.
+
+    Raises:
+        OSError, ValueError, DecompressionBombError: unreadable, or of numbers that say nothing of their range.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its pixels have mode {image.mode}; accepted are 8 and 16 bits a channel")
+        if image.mode.startswith("I;16"):  # Pillow would clip to 255, which makes nearly all of it white
+            upright = Image.fromarray((np.asarray(ImageOps.exif_transpose(image)) >> 8).astype(np.uint8))
+        else:
+            upright = ImageOps.exif_transpose(image)
+        return np.asarray(ImageOps.fit(upright.convert("RGB" if color == "rgb" else "L"), (size, size)))
