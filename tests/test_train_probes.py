@@ -33,6 +33,14 @@ def test_few_labels_are_few_of_every_class():
     assert not np.array_equal(rows, probes.few_of_each(labels, 10, draw=1))
 
 
+def test_where_only_one_class_was_drawn_every_probe_says_that_class():
+    rng = np.random.default_rng(0)
+    train, test = rng.normal(size=(20, 3)).astype("f4"), rng.normal(size=(8, 3)).astype("f4")
+    test_labels = np.array([2, 2, 2, 2, 2, 2, 5, 5])
+    found = probes.probe(train, np.full(20, 2), test, test_labels)
+    assert found == dict.fromkeys(probes.PROBES, 0.75)
+
+
 def test_calibration_counts_the_training_images_and_leaves_the_encoder_alone():
     torch.manual_seed(0)
     images = load_digits().train[:1000]
