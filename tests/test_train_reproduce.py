@@ -121,6 +121,18 @@ def test_results_of_other_settings_are_refused_and_named(tmp_path, short, monkey
     assert "dimkern reproduce: error: --out: " in capsys.readouterr().err
 
 
+def test_unusable_flags_are_named_before_anything_is_trained(tmp_path, short, capsys):
+    (tmp_path / "file").touch()
+    for flags, says in (
+        (["--out", str(tmp_path / "file")], "--out: cannot make"),
+        (["--out", str(tmp_path), "--seeds", "0", "-1"], "--seeds: got -1"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["reproduce", "--budget", "smoke", *flags])
+        assert says in capsys.readouterr().err
+    assert short == []
+
+
 def test_a_row_that_diverges_is_a_result(tmp_path, short, monkeypatch):
     def diverge(job: jobs.Job, images: Any) -> Any:
         raise TrainingStopped("the loss is nan in epoch 1")

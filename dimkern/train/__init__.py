@@ -84,7 +84,7 @@ def reproduce(budget: str, out: Path | None, settings: dict[str, Any], seeds: tu
     require_extra()
     from . import jobs
 
-    data = settings.get("data", BUDGETS[budget].settings["data"]).rpartition("/")[2].removeprefix("folder:")
+    data = settings.get("data", BUDGETS[budget].settings["data"]).rstrip("/").rpartition("/")[2].removeprefix("folder:")
     return jobs.reproduce(budget, out or Path("runs") / f"reproduce-{budget}-{data}", settings, seeds)
 
 

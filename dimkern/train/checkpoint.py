@@ -24,18 +24,23 @@ def place(out: Path, source: Path | None, overwrite: bool) -> Path:
 
     Another run's checkpoint (not `source`, the one resumed) is in the way, and removed only if `overwrite` says so.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
-    if not os.access(out, os.W_OK):
-        raise SettingError("out", f"cannot write to {out}")
+    writable(out)
     path = out / NAME
     if path.exists() and (source is None or not path.samefile(source)):
         if not overwrite:
             raise SettingError("out", f"{out} holds a run; --resume {out} goes on with it, --overwrite replaces it")
         path.unlink()
     return path
+
+
+def writable(out: Path) -> None:
+    """Make the directory `out`; raises SettingError where it cannot be made or written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingError("out", f"cannot make {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise SettingError("out", f"cannot write to {out}")
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from . import comparison, loop, probes
+from . import checkpoint, comparison, loop, probes
 from .budgets import BUDGETS, CONCAT, CURVE, NAMES, ROWS, UNTRAINED, Budget
 from .config import TrainConfig, refuse_changes
 from .data import Images, load_images
@@ -72,9 +72,11 @@ def reproduce(budget: str, out: Path, given: dict[str, Any], seeds: tuple[int, .
     Raises:
         SettingError: unusable settings, files that are absent, or results in `out` that other settings made.
     """
-    todo = jobs_of(BUDGETS[budget], given, out, seeds or BUDGETS[budget].seeds)
+    if min(seeds, default=0) < 0:
+        raise SettingError("seeds", f"got {min(seeds)}, must be at least 0")
+    todo = jobs_of(BUDGETS[budget], given, out, tuple(dict.fromkeys(seeds)) or BUDGETS[budget].seeds)
     for folder in ("results", "work"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        checkpoint.writable(out / folder)
     left = [job for job in todo if not is_done(job)]
     print(f"{budget}: {BUDGETS[budget].about}; {len(todo)} jobs, {len(todo) - len(left)} of them done", flush=True)
     loaded: dict[tuple[str, int], Images] = {}
@@ -157,7 +159,7 @@ def trained(job: Job, images: Images) -> tuple[Any, dict[str, Any]]:
     if job.row == UNTRAINED:
         torch.manual_seed(job.seed)
         return loop.make_model(job.config, images).encoder, {}
-    begun = Path(job.config.out) if (Path(job.config.out) / "checkpoint.pt").exists() else None
+    begun = Path(job.config.out) if (Path(job.config.out) / checkpoint.NAME).exists() else None
     run = loop.train(job.config, images, begun)
     epochs = {key: plain(epoch_means(run, key)) for key in run.history}
     return run.model.encoder, epochs
