@@ -32,6 +32,7 @@ from dimkern.train import TrainConfig, TrainingStopped, probes
         ("--objective all", "--objective: got 'all', accepted are local, global, both"),
         ("--preset dim", "--preset: invalid choice: 'dim'"),
         ("--gamma inf", "--gamma: got inf, must be finite"),
+        ("--objective global --alpha 0", "--objective: got 'global' at a weight of 0 and no prior: nothing to train"),
         ("--chunk 48", "--chunk: got 48, must be 0 or at least 2, and divide 64"),
         ("--chunk 32 --norm-batch 64", "--norm-batch: got 64, must be 0 or at least 2, and divide 32"),
         ("--critic concat --summaries map", "--summaries: got map, which needs heads; --critic concat has none"),

@@ -199,6 +199,8 @@ class TrainConfig:
         for name in ("scale", "alpha", "beta", "gamma", "penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise SettingError(name, f"got {getattr(self, name)}, must be finite")
+        if self.gamma == 0 and self.alpha * (self.objective != "local") + self.beta * (self.objective != "global") == 0:
+            raise SettingError("objective", f"got {self.objective!r} at a weight of 0 and no prior: nothing to train")
         if self.critic == "concat" and self.summaries == "map":
             raise SettingError("summaries", "got map, which needs heads; --critic concat has none and accepts vector")
         group = self.norm_batch or self.chunk
