@@ -22,9 +22,8 @@ def test_codes_of_a_toy_encoder_take_the_priors_distribution(prior, updates):
     """Inputs far from the prior; all that the encoder is told is what the discriminator thinks of its codes."""
     torch.manual_seed(0)
     encoder = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, 2))
-    config = TrainConfig(gamma=1.0, prior=prior, prior_updates=updates, lr=1e-3)
-    steps = Steps.__new__(Steps)
-    steps.config, steps.noise = config, torch.Generator().manual_seed(0)
+    config = TrainConfig(gamma=1.0, prior=prior, prior_updates=updates, width=4, fc=8, units=8, lr=1e-3)
+    steps = Steps(DeepInfoMax(Encoder(1, 8, width=4, fc=8), ["local"], 8), config, torch.device("cpu"))
     steps.prior = PriorMatching(2, prior, config.penalty)
     steps.prior_adam = torch.optim.Adam(steps.prior.parameters(), 1e-3)
     adam = torch.optim.Adam(encoder.parameters(), 1e-3)
