@@ -37,7 +37,7 @@ def test_codes_of_a_toy_encoder_take_the_priors_distribution(prior, updates):
         return float((level.sort(0).values - torch.linspace(0, 1, len(level))[:, None]).abs().max())
 
     seen = [distance()]
-    for i in range(300):
+    for i in range(400):
         _, loss = steps.match(steps.prior, encoder(inputs[torch.randint(2000, (64,), generator=steps.noise)]))
         adam.zero_grad()
         loss.backward()
