@@ -199,6 +199,11 @@ def blocks(images: int, block: int, first: int = 0) -> Iterator[slice]:
         yield slice(start, min(start + block, first + images))
 
 
+def within(images: slice, block: slice) -> slice:
+    """Where `images` are among those of `block`."""
+    return slice(images.start - block.start, images.stop - block.start)
+
+
 def why_not(
     backend: str, device: torch.device, critic: str = "dot", score_dtype: torch.dtype = torch.float32
 ) -> str | None:

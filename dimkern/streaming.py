@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .estimators import Scores, item_losses, mean_loss_weights
-from .plan import Plan, Problem
+from .plan import Plan, Problem, within
 
 
 class Tiles(Protocol):
@@ -197,7 +197,7 @@ def finish(p: Problem, statistic: Tensor, kappa: float, reduce: Reduce = ALONE) 
 def _weights(p: Problem, positives: Tensor, negatives: Tensor, rows: slice, reduce: Reduce) -> tuple[Tensor, Tensor]:
     """`mean_loss_weights` of the own-image pairs here, and of all `rows`, whose negative terms are given."""
     by_row = p.row.family == "row_lse"  # the other families' weights are the same number in every row
-    given = negatives[_within(_both(p, rows), rows)] if by_row else negatives
+    given = negatives[within(_both(p, rows), rows)] if by_row else negatives
     own, d_negatives = mean_loss_weights(p.row, positives, given, p.rows)
     return own, reduce.rows(d_negatives, rows) if by_row else d_negatives
 
@@ -220,11 +220,7 @@ def _both(p: Problem, rows: slice) -> slice:
 
 def _here(p: Problem, rows: slice) -> slice:
     """Where the images of `rows` are among those here."""
-    return _within(_both(p, rows), p.here)
-
-
-def _within(images: slice, block: slice) -> slice:
-    return slice(images.start - block.start, images.stop - block.start)
+    return within(_both(p, rows), p.here)
 
 
 def wide(p: Problem) -> torch.dtype:

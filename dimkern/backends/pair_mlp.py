@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..critics import PairMLP
-from ..plan import Plan, blocks
-from .torch import TorchTiles, _both, _within
+from ..plan import Plan, blocks, within
+from .torch import TorchTiles, _both
 
 
 class PairMLPGradients(NamedTuple):
@@ -118,7 +118,7 @@ class PairMLPTiles(TorchTiles):
         if own is not None and images is not None:
             weights = self._own_weights(images, self._own_of(own, images, rows))
             pairs = tile.view(rows.stop - rows.start, p.P, cols.stop - cols.start, p.L)
-            diagonal = pairs[_within(images, rows), :, _within(images, cols)].diagonal(dim1=0, dim2=2)  # (P, L, images)
+            diagonal = pairs[within(images, rows), :, within(images, cols)].diagonal(dim1=0, dim2=2)  # (P, L, images)
             diagonal.copy_(weights.permute(1, 2, 0))
         by_hidden = self._back(tile)
         if by_hidden is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..estimators import Scores, Term
-from ..plan import Plan, blocks
+from ..plan import Plan, blocks, within
 
 
 class TorchTiles:
@@ -49,8 +49,8 @@ class TorchTiles:
         for cols in blocks(p.held, self._staging_images, p.here.start):
             both = _both(images, cols)
             if both is not None:
-                c = self._locals(cols)[_within(both, cols)]
-                torch.bmm(self._g[both], c.transpose(1, 2), out=scores[_within(both, images)])
+                c = self._locals(cols)[within(both, cols)]
+                torch.bmm(self._g[both], c.transpose(1, 2), out=scores[within(both, images)])
         return self._soft_clip(scores)
 
     def measure(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ class TorchTiles:
         images = _both(rows, cols)
         if images is not None:
             blocks = tile.view(rows.stop - rows.start, self._p.P, cols.stop - cols.start, self._p.L)
-            blocks[_within(images, rows), :, _within(images, cols)].diagonal(dim1=0, dim2=2).fill_(value)
+            blocks[within(images, rows), :, within(images, cols)].diagonal(dim1=0, dim2=2).fill_(value)
 
     def _accumulate(self, tile: Tensor, rows: slice, cols: slice, alpha: Tensor, own: Tensor | None) -> None:
         alpha = alpha.to(self._p.score_dtype).reshape(-1, 1)  # (rows, 1)
@@ -167,7 +167,7 @@ class TorchTiles:
         if images is None:
             return
         weights = self._own_of(own, images, rows)
-        c, g = self._locals(cols)[_within(images, cols)], self._g[images]
+        c, g = self._locals(cols)[within(images, cols)], self._g[images]
         if self._clip is not None:
             weights = weights * self._slope(self._soft_clip(torch.bmm(g, c.transpose(1, 2))))
         if self._grad_h is not None:
@@ -195,11 +195,11 @@ class TorchTiles:
     def _own_of(self, own: Tensor, images: slice, rows: slice) -> Tensor:
         """(images, P, L) of the weights `own`, which are those of the images of `rows` that are here."""
         given = slice(max(rows.start, self._p.here.start), rows.stop)
-        return own[_within(images, given)].to(self._p.score_dtype)
+        return own[within(images, given)].to(self._p.score_dtype)
 
     def _here(self, images: slice) -> slice:
         """Where these images are among those whose local features this process has."""
-        return _within(images, self._p.here)
+        return within(images, self._p.here)
 
     def _tile(self, name: str) -> Tensor:
         p = self._p
@@ -225,7 +225,3 @@ def _both(rows: slice, cols: slice) -> slice | None:
     """The images that have both their summaries and their locations in a block."""
     images = slice(max(rows.start, cols.start), min(rows.stop, cols.stop))
     return images if images.start < images.stop else None
-
-
-def _within(images: slice, block: slice) -> slice:
-    return slice(images.start - block.start, images.stop - block.start)

@@ -16,8 +16,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...estimators import Scores
 from ...gpu_plan import precision, uses_tma
-from ...plan import Plan, is_aligned
-from ..torch import _both, _within
+from ...plan import Plan, is_aligned, within
+from ..torch import _both
 from . import estimators, kernels
 
 _LEAST_ALPHA = 2.0**-100  # of a row's positives' weights: beyond that its negatives are nothing beside them
@@ -90,7 +90,7 @@ class TritonTiles:
             # own weights join the kept ones, which are relative to alpha; where alpha has all but vanished it is raised
             # to what is still nothing beside them
             alpha = alpha.clone()
-            of_own = alpha[_within(here, rows)]
+            of_own = alpha[within(here, rows)]
             torch.maximum(of_own, own.abs().amax(-1) * _LEAST_ALPHA, out=of_own)
             relative = torch.where(of_own.unsqueeze(-1) == 0, 0.0, own / of_own.unsqueeze(-1))
             self._write_own(e, rows, cols, relative)
@@ -212,7 +212,7 @@ class TritonTiles:
         p, images = self._p, _both(rows, cols)
         if images is None:
             return
-        own = own[_within(images, _both(rows, p.here) or images)].float().contiguous()
+        own = own[within(images, _both(rows, p.here) or images)].float().contiguous()
         scores = self._own_scores()[0][self._here(images)] if p.clip is not None else own
         with torch.cuda.device_of(e):
             kernels.write_own[((images.stop - images.start) * p.P,)](
@@ -270,7 +270,7 @@ class TritonTiles:
 
     def _here(self, images: slice) -> slice:
         """Where these images are among those whose local features this process has."""
-        return _within(images, self._p.here)
+        return within(images, self._p.here)
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
