@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from .config import PRESETS
@@ -11,7 +12,7 @@ NAMES = {"infonce": "InfoNCE", "jsd": "JSD", "dv": "DV"}
 UNTRAINED = "untrained"
 CONCAT = "DIM(L) JSD, concat critic, permuted negatives"  # with one seed: its pairs cost most
 ROWS: dict[str, dict[str, Any]] = {UNTRAINED: {}}
-for preset, estimator in (("dim-g", "jsd"), ("dim-l", "dv"), ("dim-l", "jsd"), ("dim-l", "infonce")):
+for preset, estimator in product(("dim-g", "dim-l"), ("dv", "jsd", "infonce")):
     name = f"{preset.upper().replace('-', '(')}) {NAMES[estimator]}"
     ROWS[name] = PRESETS[preset] | {"estimator": estimator, "gamma": 0.0}
     ROWS[name + ", prior"] = PRESETS[preset] | {"estimator": estimator}
