@@ -113,7 +113,7 @@ def add_train(parser: argparse.ArgumentParser) -> Runner:
 
 
 def add_reproduce(parser: argparse.ArgumentParser) -> Runner:
-    from dimkern.train import BUDGETS
+    from dimkern.reproduce import BUDGETS
 
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     budgets = "".join(f"  {name:7}{budget.about}\n" for name, budget in BUDGETS.items())
@@ -137,13 +137,13 @@ def add_reproduce(parser: argparse.ArgumentParser) -> Runner:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from dimkern import train
+        from dimkern import reproduce
 
         settings = {key: getattr(arguments, key) for key in ("data", "data_root", "threads")}
         given = {key: value for key, value in settings.items() if value is not None}
 
         def start() -> None:
-            for path in train.reproduce(arguments.budget, arguments.out, given, tuple(arguments.seeds)):
+            for path in reproduce.run(arguments.budget, arguments.out, given, tuple(arguments.seeds)):
                 print(f"wrote {path}")
 
         return reported(parser, start)

@@ -10,6 +10,7 @@ import pytest
 
 import dimkern
 from dimkern import cli, train
+from dimkern.reproduce import BUDGETS
 from dimkern.train import TrainConfig, TrainingStopped, probes
 
 
@@ -102,7 +103,7 @@ def test_help_lists_the_budgets(capsys):
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "--help"])
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said and budget.about in said for name, budget in train.BUDGETS.items())
+    assert all(f"  {name} " in said and budget.about in said for name, budget in BUDGETS.items())
 
 
 def test_resume_from_the_command_line_refuses_a_changed_setting(tmp_path, capsys, monkeypatch):

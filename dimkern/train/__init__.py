@@ -4,7 +4,7 @@ config     every setting, once                  loop    epochs, checkpoints, res
 data       images, split, fingerprint           steps   one step: whole, or in chunks
 encoder    encoder, heads, DeepInfoMax          probes  linear, MLP and k-NN accuracies
 objective  the losses of dimkern, weighted      report  report.json and plots
-prior      the adversary of prior matching      budgets, jobs, comparison  the paper's table
+prior      the adversary of prior matching
 processes  several of them under torchrun
 
 `run` is the whole of `dimkern train`. This module and `config` import without the packages of the extra.
@@ -15,16 +15,15 @@ from __future__ import annotations
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .budgets import BUDGETS
 from .config import PRESETS, TrainConfig
 from .errors import SettingError, TrainingStopped
 
 if TYPE_CHECKING:
     from .processes import Processes
 
-__all__ = ["BUDGETS", "PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "reproduce", "run"]
+__all__ = ["PRESETS", "SettingError", "TrainConfig", "TrainingStopped", "require_extra", "run"]
 
 NEEDS = ("numpy", "sklearn", "matplotlib", "tqdm", "PIL", "threadpoolctl")
 
@@ -79,16 +78,8 @@ def _run(config: TrainConfig, resume: Path | None, overwrite: bool, several: Pro
     return paths
 
 
-def reproduce(budget: str, out: Path | None, settings: dict[str, Any], seeds: tuple[int, ...] = ()) -> list[Path]:
-    """The paper's comparison (see `jobs`), with the default of `out`; raises as `run` does."""
-    require_extra()
-    from . import jobs
-
-    data = settings.get("data", BUDGETS[budget].settings["data"]).rstrip("/").rpartition("/")[2].removeprefix("folder:")
-    return jobs.reproduce(budget, out or Path("runs") / f"reproduce-{budget}-{data}", settings, seeds)
-
-
 def require_extra() -> None:
+    """Raise ModuleNotFoundError, saying what to install, unless the packages of the extra are there."""
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(f"training needs {', '.join(missing)}: pip install 'dimkern[train]'", name=missing[0])

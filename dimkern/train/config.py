@@ -14,7 +14,7 @@ from .errors import SettingError
 
 ESTIMATORS = ("infonce", "jsd", "dv", "gan", "kl", "rkl", "h2", "x2", "w1")
 
-# (alpha, beta, gamma) of DIM(G) and DIM(L) are the paper's; those of both together DeepInfomaxPytorch's.
+# (alpha, beta, gamma) of DIM(G) and DIM(L) are the paper's; those of both together the defaults of DeepInfomaxPytorch.
 PRESETS: dict[str, dict[str, Any]] = {
     "dim-g": {"objective": "global", "alpha": 1.0, "gamma": 1.0},
     "dim-l": {"objective": "local", "beta": 1.0, "gamma": 0.1},

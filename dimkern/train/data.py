@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import hashlib
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from .config import TrainConfig
 from .errors import SettingError
@@ -227,7 +229,8 @@ def load_folder(root: Path, size: int, color: str) -> Images:
         raise SettingError("data", f"{len(paths)} images in {root} (looked for {kinds}); at least 8 are needed")
 
     images = np.empty((len(paths), size, size, 3 if color == "rgb" else 1), np.uint8)
-    for row, path in zip(images, paths, strict=True):
+    read = tqdm(paths, desc=f"reading {root.name}", unit=" images", leave=False, disable=not sys.stderr.isatty())
+    for row, path in zip(images, read, strict=True):
         try:
             row[:] = read_image(path, size, color).reshape(row.shape)
         except (OSError, ValueError, Image.DecompressionBombError) as error:

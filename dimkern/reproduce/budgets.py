@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from .config import PRESETS
+from ..train.config import PRESETS
 
 NAMES = {"infonce": "InfoNCE", "jsd": "JSD", "dv": "DV"}
 UNTRAINED = "untrained"

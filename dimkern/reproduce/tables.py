@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from .report import tidy
+from ..train.report import tidy
 
 FEATURES = {"conv": "#b9c4cf", "fc": "#1f6f8b", "Y": "#c0562f"}
 HEADS = {"linear": "linear", "mlp": "MLP", "linear_100": "100 a class", "linear_10": "10 a class"}

@@ -3,7 +3,7 @@
 A job is one encoder, trained (or not) and probed: a row of the table, or a point of the curve over negatives, with one
 seed. It leaves one JSON file; a job whose file is there is not done again, and one that was interrupted goes on from
 its checkpoint. Several processes may share the work: each takes the jobs that no other is at. The tables and plots
-(comparison.py) are made from these files alone.
+(tables.py) are made from these files alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, comparison, loop, probes
+from ..train import checkpoint, loop, probes
+from ..train.config import TrainConfig, refuse_changes
+from ..train.data import Images, load_images
+from ..train.errors import SettingError, TrainingStopped
+from ..train.report import epoch_means, plain
+from . import tables
 from .budgets import BUDGETS, CONCAT, CURVE, NAMES, ROWS, UNTRAINED, Budget
-from .config import TrainConfig, refuse_changes
-from .data import Images, load_images
-from .errors import SettingError, TrainingStopped
-from .report import epoch_means, plain
 
 PROBED = ("linear", "mlp", "linear_100", "linear_10")
 
@@ -95,10 +96,10 @@ def reproduce(budget: str, out: Path, given: dict[str, Any], seeds: tuple[int, .
             with loop.cpu_threads(job.config, loaded[wanted]):
                 said = do(job, loaded[wanted])
         did += 1
-        comparison.write(out, budget, plots=i + 1 < len(left) and left[i + 1].seed != job.seed)
+        tables.write(out, budget, plots=i + 1 < len(left) and left[i + 1].seed != job.seed)
         minutes = (time.perf_counter() - started) / 60 / did * (len(left) - i - 1)
         print(f"{what}: {said}; about {minutes:.0f} minutes left", flush=True)
-    return comparison.write(out, budget)
+    return tables.write(out, budget)
 
 
 @contextmanager
@@ -145,7 +146,7 @@ def do(job: Job, images: Images) -> str:
     result["seconds"] = {"train": middle - started, "probe": time.perf_counter() - middle}
     result |= {"config": dataclasses.asdict(job.config), "images": images.fingerprint(), "versions": loop.versions()}
     result["config"]["out"] = result["config"]["data_root"] = ""  # places on the machine that made it
-    comparison.replace(job.path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    tables.replace(job.path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     shutil.rmtree(job.config.out, ignore_errors=True)
     if result["stopped"]:
         return str(result["stopped"])
