@@ -122,6 +122,12 @@ class Estimator:
         """One evaluation serves the sum and the weight."""
         return self.psi_text == self.phi_text
 
+    @property
+    def bounded(self) -> bool:
+        """phi, relative to the closed row's reference where it has one, and f' are in [0, 1] at any score."""
+        weights = [self.df_text] if self.family != "pointwise" else [self.df_text, self.phi_text]
+        return all(text == "one" or text.startswith("sigmoid(") for text in weights)
+
 
 _ROWS = (
     Estimator("infonce", "row_lse", "s", "one", "exp(s - ref)", "exp(s - ref)", "bound",

@@ -13,12 +13,11 @@ from . import distributed, grouped, pair_ops
 from .config import memory_budget
 from .critics import PairMLPCritic, check_critic
 from .estimators import REGISTRY
-from .gpu_plan import GpuChoice
+from .gpu_plan import GpuChoice, weight_dtype
 from .native import instruction_sets
 from .plan import (
     BACKENDS,
     Plan,
-    Problem,
     choose_backend,
     describe,
     format_bytes,
@@ -141,14 +140,14 @@ def _plan_lines(plan: Plan) -> list[str]:
         f"memory: reads and writes about {format_bytes(traffic)} of features and gradients; peak beyond inputs, "
         f"outputs and gradients {format_bytes(plan.scratch)} of a budget of {format_bytes(plan.budget)}",
     ]
-    return lines if plan.gpu is None else lines + _gpu_lines(p, plan.gpu)
+    return lines if plan.gpu is None else lines + _gpu_lines(plan, plan.gpu)
 
 
-def _gpu_lines(p: Problem, gpu: GpuChoice) -> list[str]:
-    tile = gpu.tile
+def _gpu_lines(plan: Plan, gpu: GpuChoice) -> list[str]:
+    p, tile, weights = plan.problem, gpu.tile, weight_dtype(plan.problem, plan.order == "rows outside")
     return [
         f"GPU: {gpu.chip.name} with {gpu.chip.multiprocessors} multiprocessors; tiles of {tile.BM} rows x {tile.BN} "
-        f"columns, {tile.BK} channels at a time; {_short(p.operand_dtype)} operands, {_short(p.weight_dtype)} weights",
+        f"columns, {tile.BK} channels at a time; {_short(p.operand_dtype)} operands, {_short(weights)} weights",
         f"predicted by a model, not measured: {gpu.seconds * 1e3:.3g} ms, {gpu.seconds / gpu.floor:.3g} times the "
         "products alone",
     ]

@@ -88,14 +88,30 @@ def uses_tma(chip: Chip, dtype: torch.dtype) -> bool:
     return chip.has_tma and (dtype.itemsize == 2 or precision() == "tf32")
 
 
+def weight_dtype(p: Problem, kept: bool) -> torch.dtype:
+    """What weights are stored in: the operands' dtype, but bfloat16 for weights that float16 has not the range for.
+
+    It has for those of a mean loss that are bounded, and made (not `kept`) with their alpha in them: the largest there
+    can be is known.
+    """
+    narrow = p.operand_dtype == torch.float16
+    return torch.bfloat16 if narrow and (kept or p.weights_known or not p.row.bounded) else p.operand_dtype
+
+
+def largest_weight(p: Problem) -> float:
+    """What no pair's weight in the mean loss of a bounded estimator is above, negative or positive."""
+    return {"row_lse": 1 / p.rows, "global_lse": 1.0, "pointwise": 1 / (p.rows * p.L)}[p.row.family]
+
+
 def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     """Bytes beyond inputs, outputs and gradients."""
     rows, cols = row_images * p.P, col_images * p.L
-    half = p.weight_dtype.itemsize
+    weight = weight_dtype(p, kept)
+    half = weight.itemsize
     weights = rows * (p.held * p.L if kept else cols) * half if p.needs_grad else 0
     partial = rows * -(-cols // 64) * 4 * 2  # sums and references of the narrowest tiles
     staged = 0 if p.in_place else cols * _padded(p.K) * p.operand_dtype.itemsize
-    if p.weight_dtype != p.operand_dtype and p.needs_grad:
+    if weight != p.operand_dtype and p.needs_grad:
         staged += cols * _padded(p.K) * half
     products = rows * p.K * (4 + half) if p.needs_grad else 0
     summaries = p.rows * _padded(p.K) * (p.operand_dtype.itemsize + 4)
@@ -110,7 +126,7 @@ def predict(
     rows, cols = row_images * p.P, col_images * p.L
     row_blocks, col_blocks = -(-p.N // row_images), -(-p.held // col_images)
     blocks = row_blocks * col_blocks
-    item, weight = p.operand_dtype.itemsize, p.weight_dtype.itemsize
+    item, weight = p.operand_dtype.itemsize, weight_dtype(p, kept).itemsize
     mma = mma_rate(p, chip)
     locals_, summaries, pairs = cols * p.K, rows * p.K, rows * cols
 
@@ -142,6 +158,8 @@ def predict(
     # backward reads the float32 gradients and writes them in the inputs' dtype
     outputs = p.grad_locals * features + p.grad_summaries * p.rows * p.K
     seconds += outputs * (4 + p.dtype.itemsize) / chip.bandwidth
+    if weight_dtype(p, kept) == torch.float16:  # the scale comes into a gradient that is made
+        seconds += p.grad_locals * features * 8 / chip.bandwidth
     seconds += launches * _DEVICE_LAUNCH
     return max(seconds, launches * _HOST_LAUNCH), seconds
 

@@ -91,11 +91,6 @@ class Problem:
         return self.dtype if self.dtype == self.summaries_dtype else self.score_dtype
 
     @property
-    def weight_dtype(self) -> torch.dtype:
-        """What a GPU keeps weights in: bfloat16 has float32's range, float16 would lose small ones and overflow."""
-        return torch.bfloat16 if self.operand_dtype.itemsize == 2 else self.operand_dtype
-
-    @property
     def in_place(self) -> bool:
         """A GPU reads the local features where they are."""
         return self.aligned and self.dtype == self.operand_dtype

@@ -29,6 +29,14 @@ def test_derivatives_equal_autograd(name):
 
 
 @pytest.mark.parametrize("name", REGISTRY)
+def test_bounded_weights_are_between_0_and_1(name):
+    """Of scores of any size; a log-sum-exp row's are relative to a reference that no score is above."""
+    row, s = REGISTRY[name], torch.linspace(-1e3, 1e3, 401, dtype=F64)
+    weights = torch.stack([row.df(s), row.phi(s, s.max())])
+    assert row.bounded == bool(((weights >= 0) & (weights <= 1)).all())
+
+
+@pytest.mark.parametrize("name", REGISTRY)
 def test_terms_write_where_they_are_told(name):
     """With `out` a term gives the same numbers there, in a tile's own place where it says that it can."""
     row = REGISTRY[name]

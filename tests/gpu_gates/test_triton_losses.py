@@ -62,6 +62,33 @@ def test_every_dtype(gpu, estimator, l_dtype, m_dtype, monkeypatch):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("plan", ["few launches", "columns outside, blocked"])
+def test_float16_weights_of_any_size(gpu, plan, monkeypatch):
+    """Scaled summaries that float16 has not the range for, and weights that are spread over all of it."""
+    for scale in (1e-6, 30.0, -3e5):
+        for estimator in ONE_OF_EACH_FAMILY:
+            if (estimator, plan) != ("dv", "few launches"):
+                case = varied(RAGGED, l_dtype=F16, m_dtype=F16, scale=scale)
+                ran = force(monkeypatch, case, **PLANS[plan])
+                check(estimator, case)
+                assert [gpu_plan.weight_dtype(plan.problem, False) for plan in ran] == [F16]
+                monkeypatch.undo()
+
+
+def test_float16_inputs_with_bfloat16_weights(gpu, monkeypatch):
+    """Where weights are not bounded, or not known when they are stored."""
+    for estimator, reduction, plan in (
+        ("kl", "mean", "few launches"),
+        ("infonce", "none", "columns outside, blocked"),
+        ("infonce", "mean", "rows outside"),
+    ):
+        case = varied(RAGGED, l_dtype=F16, m_dtype=F16, reduction=reduction)
+        ran = force(monkeypatch, case, **PLANS[plan])
+        check(estimator, case)
+        assert {gpu_plan.weight_dtype(p.problem, p.order == "rows outside") for p in ran} == {BF16}
+        monkeypatch.undo()
+
+
 def test_tf32_follows_torch(gpu):
     """torch.backends.cuda.matmul decides how float32 is multiplied: TF32 is coarser, and no worse than its 10 bits."""
     case = varied(RAGGED, l_dtype=F32, m_dtype=F32)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import torch
-from oracle import BF16, F32, Case, assert_within_budget, loss_of, upstream_of, watch_plans
+from oracle import BF16, F16, F32, Case, assert_within_budget, loss_of, upstream_of, watch_plans
 from oracle import Run as OracleRun
 
-from dimkern.gpu_plan import Tile
+from dimkern import ops
+from dimkern.gpu_plan import Tile, weight_dtype
 
 SMALL = {F32: Tile(64, 64, 32, 4, 3, 2), BF16: Tile(64, 64, 64, 4, 3, 4)}
-# weights and alpha times summaries are rounded to bfloat16, float16 features too for the product with the weights
-ROUNDING = {F32: 0.0, BF16: 3 * 2.0**-9}
+# weights and alpha times summaries are rounded to bfloat16, float16 features too for the product with the weights;
+# where weights are float16 they alone are rounded
+ROUNDING = {F32: 0.0, BF16: 3 * 2.0**-9, F16: 2.0**-11}
 PLANS = {
     "few launches": {"order": "columns outside", "few_launches": True},
     "rows outside": {"order": "rows outside"},
@@ -31,16 +34,13 @@ _cublas.impl(
 )
 
 
-def weight_dtype(case: Case) -> torch.dtype:
-    return BF16 if case.l_dtype == case.m_dtype and case.l_dtype.itemsize == 2 else F32
-
-
 def force(monkeypatch, case: Case, tile: Tile | None = None, order=None, few_launches=False, **blocks):
     """Make the plans of this order, in these blocks, with this tile (by default the smallest); the list of them."""
 
     def change(plan):
         assert plan.backend == "triton"
-        choice = dataclasses.replace(plan.gpu, tile=tile or SMALL[weight_dtype(case)], few_launches=few_launches)
+        small = SMALL[BF16 if plan.problem.operand_dtype.itemsize == 2 else F32]
+        choice = dataclasses.replace(plan.gpu, tile=tile or small, few_launches=few_launches)
         whole = {"row_images": case.N, "col_images": case.N, **blocks} if order else {}
         return dataclasses.replace(plan, gpu=choice, order=order or plan.order, **whole)
 
@@ -49,13 +49,16 @@ def force(monkeypatch, case: Case, tile: Tile | None = None, order=None, few_lau
 
 def run(estimator: str, case: Case, backend="triton") -> OracleRun:
     l, m, scale = case.tensors()
-    loss = loss_of(
-        estimator, l, m, case.self_mask, scale=scale, clip=case.clip, reduction=case.reduction, backend=backend
-    )
-    needed = [x for x, name in zip((l, m, scale), "lms", strict=True) if name in case.needs]
-    grads = torch.autograd.grad(loss, needed, upstream_of(case, loss.shape).to(loss.dtype))
+    plans, choose = [], ops.plan_for
+    with mock.patch.object(ops, "plan_for", lambda *arguments: plans.append(choose(*arguments)) or plans[-1]):
+        loss = loss_of(
+            estimator, l, m, case.self_mask, scale=scale, clip=case.clip, reduction=case.reduction, backend=backend
+        )
+        needed = [x for x, name in zip((l, m, scale), "lms", strict=True) if name in case.needs]
+        grads = torch.autograd.grad(loss, needed, upstream_of(case, loss.shape).to(loss.dtype))
     names = [name for name in "lms" if name in case.needs]
-    return OracleRun(loss.detach(), dict(zip(names, grads, strict=True)), ROUNDING[weight_dtype(case)])
+    weights = weight_dtype(plans[-1].problem, plans[-1].order == "rows outside")
+    return OracleRun(loss.detach(), dict(zip(names, grads, strict=True)), ROUNDING[weights])
 
 
 def check(estimator: str, case: Case, backend="triton") -> None:

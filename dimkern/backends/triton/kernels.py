@@ -110,13 +110,14 @@ def own_scores(g, c, scale_ptr, s_ptr, top_ptr, g_stride, c_stride, P, L, K, cli
 
 @triton.jit(do_not_specialize=["T"])
 def finish_rows(g, c, scale_ptr, psi_ptr, top_ptr, s_ptr, negative_ptr, own_ptr, ref_ptr, gain_ptr, loss_ptr, scaled,
-                T, g_stride, c_stride, R, P, L, K, log_kappa, pairs, clip,
-                F: tl.constexpr, DF: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, BT: tl.constexpr,
-                BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+                T, g_stride, c_stride, R, P, L, K, log_kappa, pairs, clip, unit,
+                F: tl.constexpr, DF: tl.constexpr, LSE: tl.constexpr, CLIP: tl.constexpr, SCALED: tl.constexpr,
+                BT: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Close a row of the mean loss (estimators.py): from the partial statistics of all its negatives, `pairs` of them,
 
     its negative term; of its positives the scores and the weights; what its negatives' weights need (ref, gain); its
-    share of the loss; and scale * G for the locals' gradient, a row of `scaled`.
+    share of the loss; and with SCALED scale * G for the locals' gradient, a row of `scaled`. Weights and gain leave
+    times `unit`.
     """
     row = tl.program_id(0)
     tiles = tl.arange(0, BT)
@@ -160,7 +161,7 @@ def finish_rows(g, c, scale_ptr, psi_ptr, top_ptr, s_ptr, negative_ptr, own_ptr,
             weight *= slope(s, clip)
         at = row.to(tl.int64) * L + locations
         tl.store(s_ptr + at, s, mask=locations < L)
-        tl.store(own_ptr + at, -weight, mask=locations < L)
+        tl.store(own_ptr + at, -weight * unit, mask=locations < L)
     loss = tl.sum(items, 0) * each
     gain = tl.sum(gains, 0)
     if not LSE:
@@ -169,11 +170,13 @@ def finish_rows(g, c, scale_ptr, psi_ptr, top_ptr, s_ptr, negative_ptr, own_ptr,
     tl.store(loss_ptr + row, loss)
     tl.store(negative_ptr + row, negative)
     tl.store(ref_ptr + row, ref)
-    tl.store(gain_ptr + row, gain)
-    for k in range(0, K, BK):
-        channels = k + tl.arange(0, BK)
-        x = tl.load(g + row.to(tl.int64) * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32) * scale
-        tl.store(scaled + row.to(tl.int64) * K + channels, x.to(scaled.dtype.element_ty), mask=channels < K)
+    tl.store(gain_ptr + row, gain * unit)
+    if SCALED:
+        for k in range(0, K, BK):
+            channels = k + tl.arange(0, BK)
+            x = tl.load(g + row.to(tl.int64) * g_stride + channels, mask=channels < K, other=0.0).to(tl.float32)
+            x = (x * scale).to(scaled.dtype.element_ty)
+            tl.store(scaled + row.to(tl.int64) * K + channels, x, mask=channels < K)
 
 
 @triton.jit

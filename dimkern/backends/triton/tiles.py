@@ -1,8 +1,8 @@
 """Tiles on a GPU: score and map fused in Triton, the two gradient products by cuBLAS through torch.
 
 Owns the operands, the scratch for weights and the launches of one call. Tensor cores read the inputs in their own
-half precision, and weights are stored in bfloat16 for them: a relative error of 2^-9 on a weight, while a score
-is float32 from its sum on.
+half precision, and weights are stored in it too (float16 ones where `gpu_plan.weight_dtype` says so, else bfloat16): a
+relative error of half a unit of the last place on a weight, while a score is float32 from its sum on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...estimators import Scores
-from ...gpu_plan import precision, uses_tma
+from ...gpu_plan import largest_weight, precision, uses_tma, weight_dtype
 from ...plan import Plan, is_aligned, within
 from ..torch import _both
 from . import estimators, kernels
 
+_TOP = 2.0**15  # what the largest weight is stored as in float16, which so keeps those down to 2^-40 of it
 _LEAST_ALPHA = 2.0**-100  # of a row's positives' weights: beyond that its negatives are nothing beside them
 
 
@@ -40,7 +41,9 @@ class TritonTiles:
         self._plan, self._p, self._tile, self._tma = plan, p, plan.gpu.tile, uses_tma(plan.gpu.chip, p.operand_dtype)
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
         self._operand = p.operand_dtype
-        self._weight = p.weight_dtype
+        self._weight = weight_dtype(p, plan.order == "rows outside")
+        self._narrow = self._weight == torch.float16
+        self._unit = _TOP / largest_weight(p) if self._narrow else 1.0  # weights are stored times this
         self._scale = scale.to(torch.float32)
         self._g = padded_matrix(g.flatten(0, 1), self._operand)  # (R, K rounded up)
         self._scaled: Tensor | None = None
@@ -99,6 +102,8 @@ class TritonTiles:
     def sweep(self, rows: slice, cols: slice, ref: Tensor | None, alpha: Tensor, own: Tensor) -> Tensor:
         e = self._kept_block(rows, cols)
         ref = torch.zeros_like(alpha) if ref is None else ref
+        if self._narrow:
+            alpha, own = alpha * self._unit, own * self._unit
         _, partial = self._score_map(rows, cols, e, ref, alpha)
         self._write_own(e, rows, cols, own)
         self._products(e, rows, cols, None)
@@ -116,21 +121,18 @@ class TritonTiles:
         f32 = {"dtype": torch.float32, "device": p.device}
         scores, own = torch.empty(2, p.N, p.P, p.L, **f32)
         negatives, ref, gain, losses = torch.empty(4, p.N, p.P, **f32)
-        scaled = torch.empty(p.rows, self._g.shape[1], dtype=self._weight, device=p.device)
+        scaled = self._g if self._narrow else torch.empty(*self._g.shape, dtype=self._weight, device=p.device)
         with torch.cuda.device_of(c):
             kernels.finish_rows[(p.rows,)](
                 self._g, c, self._scale, partial, top, scores, negatives, own, ref, gain, losses, scaled,
                 partial.shape[0], self._g.stride(0), c.stride(0), p.rows, p.P, p.L, c.shape[1],
-                math.log(kappa) if kappa else -math.inf, float((p.N - 1) * p.L), p.clip or 0.0,
+                math.log(kappa) if kappa else -math.inf, float((p.N - 1) * p.L), p.clip or 0.0, self._unit,
                 F=getattr(estimators, f"{p.estimator}_f"), DF=getattr(estimators, f"{p.estimator}_df"),
-                LSE=self._lse, CLIP=p.clip is not None, BT=32, BL=16, BK=128, num_warps=4,
+                LSE=self._lse, CLIP=p.clip is not None, SCALED=not self._narrow, BT=32, BL=16, BK=128, num_warps=4,
             )  # fmt: skip
         self._score_map(everything, everything, e, ref, gain, own)
-        e = e[:, : p.N * p.L]
-        if self._grad_h is not None:
-            add_product(self._grad_h.flatten(0, 1), e, c[:, : p.K].to(self._weight), add=False)
-        if self._grad_c is not None:
-            add_product(self._grad_c.flatten(0, 1), e.t(), scaled[:, : p.K], add=False)
+        self._scaled = None if self._narrow else scaled[:, : p.K]
+        self._products(e, everything, everything, None)
         return losses.sum(), Scores(scores, negatives)
 
     def rescale(self, factor: Tensor) -> None:
@@ -228,16 +230,22 @@ class TritonTiles:
             c = self._locals(cols)[:, : p.K].to(self._weight)
             grad = self._grad_h[rows].flatten(0, 1)
             if gain is None:
-                add_product(grad, e, c, add=cols.start > p.here.start)
+                add_product(grad, e, c, add=cols.start > p.here.start, unit=self._unit)
             elif cols.start == p.here.start:
                 add_product(grad, e, c, add=False)
                 grad.mul_(gain)
             else:
                 grad.addcmul_(add_product(torch.empty_like(grad), e, c, add=False), gain)
         if self._grad_c is not None:
+            grad = self._grad_c[self._here(cols)].flatten(0, 1)
+            if self._narrow:  # as they are: scaled ones may leave float16's range
+                add_product(grad, e.t(), self._rows(rows)[:, : p.K], add=rows.start > 0, unit=self._unit)
+                if rows.stop == p.N:
+                    grad.mul_(self._scale)
+                return
             g = self._scaled_summaries()[rows.start * p.P : rows.stop * p.P]
             g = (g if gain is None else g * gain).to(self._weight)
-            add_product(self._grad_c[self._here(cols)].flatten(0, 1), e.t(), g, add=rows.start > 0)
+            add_product(grad, e.t(), g, add=rows.start > 0)
 
     def _scaled_summaries(self) -> Tensor:
         """scale * G, (R, K) float32."""
@@ -290,12 +298,12 @@ def described(x: Tensor, rows: int, channels: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, channels])
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> Tensor:
-    """out (float32) = a·b, or with `add` out + a·b: accumulated in float32 whatever a and b are."""
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, add: bool, unit: float = 1.0) -> Tensor:
+    """out (float32) = a·b / unit, or with `add` out + a·b / unit: accumulated in float32 whatever a and b are."""
     if a.dtype == torch.float32:
         return torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    if add:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    if add or unit != 1.0:  # beta = 0: what is in out is not read
+        return torch.addmm(out, a, b, beta=float(add), alpha=1.0 / unit, out_dtype=torch.float32, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
