@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +76,7 @@ def explain(
         p = pair_ops.problem_of(layers, estimator, clip, pair_ops.needed(layers), known)
     if others is not None:
         first, world = others.rank() * p.N, others.size()
-        p = replace(p, N=world * p.N, shard=(first, first + p.N))
+        p = p._replace(N=world * p.N, shard=(first, first + p.N))
         backend = grouped.planned_backend(backend, p)
         chosen = choose_backend(backend, c.device, kind, dtype)
     budget = memory_budget(c.device)

@@ -196,7 +196,6 @@ class _Inputs(NamedTuple):
     scale: Tensor  # 0-d
     kappa: float
     clip: float | None
-    backend: str  # the one that was chosen
 
 
 def _checked(measure: str | None, l: Tensor, m: Tensor, options: _Options, least_images: int) -> _Inputs:
@@ -212,10 +211,11 @@ def _checked(measure: str | None, l: Tensor, m: Tensor, options: _Options, least
     check_generator(options.generator, options.negatives)
     clip, factor = check_clip(options.clip), check_scale(options.scale, c, g)
     kappa = c.shape[1:-1].numel() * math.exp(OFFICIAL_SELF_SCORE) if options.self_mask == "official" else 0.0
-    chosen = choose_backend(options.backend, c.device, "dot" if critic is None else "pair_mlp")
-    if chosen != "reference" and options.negatives == "all" and critic is None:
+    if options.backend != "auto":
+        choose_backend(options.backend, c.device, "dot" if critic is None else "pair_mlp")
+    if options.backend != "reference" and options.negatives == "all" and critic is None:
         refuse_forward_mode(l, m, factor)
-    return _Inputs(estimator, c, g, factor, kappa, clip, chosen)
+    return _Inputs(estimator, c, g, factor, kappa, clip)
 
 
 def _loss(
@@ -225,14 +225,14 @@ def _loss(
     if others is not None:
         shared: Tensor | LossParts = _loss_over(others, measure, l, m, options)
         return shared
-    estimator, c, g, factor, kappa, clip, chosen = _checked(measure, l, m, options, least_images=2)
+    estimator, c, g, factor, kappa, clip = _checked(measure, l, m, options, least_images=2)
     reduction, backend, critic, negatives = options.reduction, options.backend, options.critic, options.negatives
     row = REGISTRY[estimator]
     mean: Tensor | None = None
     if negatives != "all":
         partner = one_negative.partners(negatives, len(c), c.device, options.generator)
         scores = one_negative.scores(c, g, factor, critic, estimator, kappa, clip, partner)
-    elif chosen == "reference":
+    elif backend == "reference":
         scores = reference.scores(c, g, factor, critic, estimator, kappa, clip)
     elif critic is None:
         if reduction == "none":
@@ -269,7 +269,7 @@ def _loss_over(group: ProcessGroup, measure: str | None, l: Tensor, m: Tensor, o
     """The loss of a batch that the processes of a group share."""
     critic, reduction = options.critic, options.reduction
     with distributed.announcing(group):
-        estimator, c, g, factor, kappa, clip, _ = _checked(measure, l, m, options, least_images=1)
+        estimator, c, g, factor, kappa, clip = _checked(measure, l, m, options, least_images=1)
         if options.negatives != "all":
             raise ValueError(f"negatives is {options.negatives!r}; over a group accepted is 'all'")
         keywords: dict[str, Any] = {

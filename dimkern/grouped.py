@@ -156,14 +156,14 @@ def agree(group: dist.ProcessGroup, mine: Terms) -> Call:
     counts, rank = every["images"], dist.get_rank(group)
     joined: dict[str, Any] = {name: any(every[name]) for name in _ANY} | {name: all(every[name]) for name in _ALL}
     own: dict[str, Any] = {name: getattr(p, name) for name in joined}
-    largest = replace(
-        p, N=sum(counts), shard=(0, max(counts)), threads=max(every["threads"]),
+    largest = p._replace(
+        N=sum(counts), shard=(0, max(counts)), threads=max(every["threads"]),
         grad_locals=any(every["grad_c"]) or p.weights_known, grad_summaries=any(every["grad_g"]) or p.weights_known,
         grad_critic=any(every["grad_critic"]), **joined,
     )  # fmt: skip
     plan = plan_for(largest, min(every["budget"]), mine.backend)
     first = sum(counts[:rank])
-    here = replace(largest, shard=(first, first + p.N), **own)
+    here = largest._replace(shard=(first, first + p.N), **own)
     return Call(group, tuple(counts), replace(plan, problem=here), mine.kappa, p.grad_locals)
 
 

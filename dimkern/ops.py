@@ -182,33 +182,31 @@ class _MeanLoss(torch.autograd.Function):
     """The autograd of `mean_loss`: what torch.library generates from a formula would take longer than a small loss."""
 
     @staticmethod
-    def forward(ctx, keyset, c, g, scale, *choices):
-        output = _below_autograd(keyset, c, g, scale, *choices)
+    def forward(ctx, c, g, scale, loss, grad_c, grad_h, backend):
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
         # c only where nothing else would tell a second derivative what it is asked for
-        ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[2:4]) else c, *output[3:])
-        ctx.c_dtype = c.dtype
-        ctx.inputs, ctx.backend = 4 + len(choices), choices[-1]
-        return output
+        ctx.save_for_backward(g, scale, None if any(ctx.needs_input_grad[1:3]) else c, grad_c, grad_h)
+        ctx.c_dtype, ctx.backend = c.dtype, backend
+        ctx.mark_dirty(loss)
+        return loss
 
     @staticmethod
-    def backward(ctx, d_loss, *_):
+    def backward(ctx, d_loss):
         if d_loss is None:  # a later function that gives no gradient
-            return (None,) * ctx.inputs
+            return (None,) * 7
         g, scale, c, grad_c, grad_h = ctx.saved_tensors
         close = _in_one_launch(ctx, grad_c, g, d_loss)
         if close is not None:
-            by_c, by_g, by_scale = ctx.needs_input_grad[1:4]
+            by_c, by_g, by_scale = ctx.needs_input_grad[:3]
             d_c, d_g = close(grad_c, grad_h, d_loss, scale, ctx.c_dtype, g.dtype)
             d_scale = ((grad_h * g).sum() * d_loss).to(scale.dtype) if by_scale else None
-            return None, d_c if by_c else None, d_g if by_g else None, d_scale, *[None] * (ctx.inputs - 4)
+            return d_c if by_c else None, d_g if by_g else None, d_scale, *[None] * 4
         if not _leaves_as_it_is(d_loss):
             grad_c, grad_h = grad_c * d_loss, grad_h * d_loss
-        gradients = _by_inputs(ctx.needs_input_grad[1:4], grad_c, grad_h, ctx.c_dtype, g, scale)
+        gradients = _by_inputs(ctx.needs_input_grad[:3], grad_c, grad_h, ctx.c_dtype, g, scale)
         if torch.is_grad_enabled():
             gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
-        return None, *gradients, *[None] * (ctx.inputs - 4)
+        return *gradients, *[None] * 4
 
 
 def _in_one_launch(ctx, grad_c, g, d_loss):
@@ -231,8 +229,10 @@ def _below_autograd(keyset, *arguments):
 
 
 def _mean_loss_autograd(keyset, c, g, scale, *choices):
-    needed = torch.is_grad_enabled() and (c.requires_grad or g.requires_grad or scale.requires_grad)
-    return (_MeanLoss.apply if needed else _below_autograd)(keyset, c, g, scale, *choices)
+    loss, positives, negatives, grad_c, grad_h = output = _below_autograd(keyset, c, g, scale, *choices)
+    if not (torch.is_grad_enabled() and (c.requires_grad or g.requires_grad or scale.requires_grad)):
+        return output
+    return _MeanLoss.apply(c, g, scale, loss, grad_c, grad_h, choices[-1]), positives, negatives, grad_c, grad_h
 
 
 def _scaled(gradient, upstream):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ _MOST_CUDA_IMAGES, _CUDA_PANEL, _CUDA_PADDING = 512, 64, 16
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):  # as quickly made, hashed and compared as small batches need it
     """One call, without its tensors. Letters as in MATHS.md §1."""
 
     estimator: str
@@ -122,7 +122,7 @@ def describe(
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
         grad_summaries, clip, torch.get_num_threads() if on_cpu else 1, strided, critic, grad_critic, g.dtype,
-        matrix and is_aligned(c.flatten(0, 1)), bf16_products, staged_panels,
+        matrix and _rows_aligned(c, N * L, c.stride(1) if L > 1 else c.stride(0)), bf16_products, staged_panels,
     )  # fmt: skip
 
 
@@ -143,12 +143,17 @@ def is_matrix_view(c: Tensor) -> bool:
 
 def is_aligned(x: Tensor) -> bool:
     """A matrix (rows, K) begins, and every row of it, at a multiple of 16 elements: wide loads and TMA can read it."""
-    rows, K = x.shape
+    return _rows_aligned(x, x.shape[0], x.stride(0))
+
+
+def _rows_aligned(x: Tensor, rows: int, row_stride: int) -> bool:
+    """The same of a tensor (..., K) that reads as such a matrix."""
+    K = x.shape[-1]
     return (
         K % 16 == 0
-        and x.stride(1) == 1
-        and x.stride(0) % 16 == 0
-        and (rows == 1 or x.stride(0) >= K)
+        and x.stride(-1) == 1
+        and row_stride % 16 == 0
+        and (rows == 1 or row_stride >= K)
         and x.data_ptr() % 16 == 0
     )
 

@@ -23,7 +23,7 @@ def problem(estimator="infonce", N=4096, P=1, L=64, K=1024, dtype=BF16, aligned=
     plain = Problem(
         estimator, N, P, L, K, dtype, F32, CUDA, not aligned, False, True, True, summaries_dtype=dtype, aligned=aligned
     )
-    return dataclasses.replace(plain, **changes)
+    return plain._replace(**changes)
 
 
 @pytest.mark.parametrize(("budget", "within"), [(2.5e9, 1.25), (700e6, 1.5)])
@@ -73,7 +73,7 @@ def test_small_problems_take_few_launches(estimator, N):
     for K in (64, 2048):
         p = problem(estimator, N=N, K=K)
         assert plan_on_chip(p, 10**9, gpu_plan.H100).gpu.few_launches
-        assert not plan_on_chip(dataclasses.replace(p, shard=(0, 1)), 10**9, gpu_plan.H100).gpu.few_launches
+        assert not plan_on_chip(p._replace(shard=(0, 1)), 10**9, gpu_plan.H100).gpu.few_launches
         tight = gpu_plan.scratch_bytes(p, 1, 1, False)
         assert not plan_on_chip(p, tight, gpu_plan.H100).gpu.few_launches
 

@@ -17,6 +17,7 @@ from ..plan import Plan, own_images
 from .torch import TorchTiles
 
 _native = torch.ops.dimkern_cpu
+_WORTH_ADVICE = 2**20  # numbers; a call is a hundredth of the time that the smallest batch takes
 
 
 class CpuTiles(TorchTiles):
@@ -34,7 +35,7 @@ class CpuTiles(TorchTiles):
         super().__init__(plan, c, g, scale, grad_c, grad_h)
         p = plan.problem
         for gradient in (grad_c, grad_h):
-            if gradient is not None:
+            if gradient is not None and gradient.numel() >= _WORTH_ADVICE:
                 _native.advise.default(gradient)
         if p.staged and p.strided:  # the kernels stage panels by themselves
             self._staging_images = own_images(p)
