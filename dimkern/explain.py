@@ -61,6 +61,8 @@ def explain(
     estimator = loss.lower() if isinstance(loss, str) else loss
     check_choice("loss", estimator, tuple(REGISTRY))
     check_reduction(estimator, reduction)
+    if others is not None and critic is not None:
+        grouped.check_critic_reduction(reduction)
     kind = "dot" if critic is None else "pair_mlp"
     dtype = score_dtype_of(c.dtype, g.dtype)
     chosen = choose_backend(backend, c.device, kind, dtype)

@@ -278,8 +278,7 @@ def _loss_over(group: ProcessGroup, measure: str | None, l: Tensor, m: Tensor, o
         if critic is None:
             terms = grouped.terms(estimator, c, g, needed=(*_needed(c, g, factor), False), **keywords)
         else:
-            if reduction == "none":
-                raise ValueError("reduction is 'none'; with a critic over a group accepted are 'mean', 'sum'")
+            grouped.check_critic_reduction(reduction)
             with torch.autocast(c.device.type, enabled=False):
                 layers = critic.first_layer(c, g, factor)
             needed = pair_ops.needed(layers)

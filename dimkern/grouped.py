@@ -107,6 +107,12 @@ def terms(
     return Terms(p, kappa, backend, common, own)
 
 
+def check_critic_reduction(reduction: str) -> None:
+    """Refuse the reduction whose backward, with a critic's weights, no group's collectives are written for."""
+    if reduction == "none":
+        raise ValueError("reduction is 'none'; with a critic over a group accepted are 'mean', 'sum'")
+
+
 def planned_backend(backend: str, p: Problem) -> str:
     """The backend to plan for over a group, of the one asked for.
 

@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_cases(world, tmp_path, monkeypatch):
-    """Every property of group_cases.py on every process."""
+    """Every property of group_losses.py and group_training.py on every process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(group_cases.run, (world, str(tmp_path)), world)
+    torch.multiprocessing.spawn(group_cases.run, (world, str(tmp_path), "group_losses", "group_training"), world)
     failures = [
         f"rank {rank}, {name}: {text}"
         for rank in range(world)
@@ -31,12 +31,12 @@ KILLED = """
 import os, sys
 import torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[3])
-import group_cases
+import group_cases, group_losses
 from dimkern import grouped
 rank = int(sys.argv[1])
 group_cases.start(rank, 3, sys.argv[2])
 if rank == 1:
-    class Dying(group_cases.Failing):
+    class Dying(group_losses.Failing):
         def __call__(self, *arguments):
             tiles = self.choose(*arguments)
             tiles.weigh = lambda *_: os._exit(3)

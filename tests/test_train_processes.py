@@ -44,7 +44,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     assert "2 processes" in said
     together = json.loads((two / "report.json").read_text())["steps"]["loss"]
     assert len(together) == len(alone) // 3
-    # float32, and steps of Adam that make much of its rounding; to 1e-9 in float64 (group_cases.py)
+    # float32, and steps of Adam that make much of its rounding; to 1e-9 in float64 (group_training.py)
     assert together[:5] == pytest.approx(alone[:5], rel=1e-4)
     assert together == pytest.approx(alone[: len(together)], rel=1e-2)
 

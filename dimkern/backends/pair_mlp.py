@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..critics import PairMLP
 from ..plan import Plan, blocks, within
-from .torch import TorchTiles, _both
+from .torch import TorchTiles, _both, multiply
 
 
 class PairMLPGradients(NamedTuple):
@@ -85,10 +85,7 @@ class PairMLPTiles(TorchTiles):
 
     def rescale(self, factor: Tensor) -> None:
         super().rescale(factor)
-        for gradient in self._grads[2:4]:
-            if gradient is not None:
-                gradient.mul_(factor)
-        self._weight_sum.mul_(factor)
+        multiply((*self._grads[2:4], self._weight_sum), factor)
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p

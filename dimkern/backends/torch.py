@@ -5,6 +5,7 @@ Owns the scaled summaries, the staging of local features and the scratch tiles o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -83,9 +84,7 @@ class TorchTiles:
         return None
 
     def rescale(self, factor: Tensor) -> None:
-        for gradient in (self._grad_c, self._grad_h):
-            if gradient is not None:
-                gradient.mul_(factor)
+        multiply((self._grad_c, self._grad_h), factor)
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
@@ -219,6 +218,13 @@ class TorchTiles:
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
+
+
+def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:
+    """Multiply the gradients that are needed by a 0-d factor, in place."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.mul_(factor)
 
 
 def _both(rows: slice, cols: slice) -> slice | None:

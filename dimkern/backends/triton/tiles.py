@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...estimators import Scores
 from ...gpu_plan import largest_weight, precision, uses_tma, weight_dtype
 from ...plan import Plan, is_aligned, within
-from ..torch import _both
+from ..torch import _both, multiply
 from . import estimators, kernels
 
 _TOP = 2.0**15  # what the largest weight is stored as in float16, which so keeps those down to 2^-40 of it
@@ -136,9 +136,7 @@ class TritonTiles:
         return losses.sum(), Scores(scores, negatives)
 
     def rescale(self, factor: Tensor) -> None:
-        for gradient in (self._grad_c, self._grad_h):
-            if gradient is not None:
-                gradient.mul_(factor)
+        multiply((self._grad_c, self._grad_h), factor)
 
     def accumulate_own(self, own: Tensor) -> None:
         p = self._p
