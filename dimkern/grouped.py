@@ -23,9 +23,11 @@ from .config import memory_budget
 from .critics import PairMLP
 from .distributed import MESSAGE_BYTES, Collectives, GroupError, Term, exchange
 from .estimators import Scores, item_losses, parts
-from .plan import Plan, Problem, choose_backend, describe, plan_for
+from .gpu import Chip, chip_of
+from .gpu_plan import precision
+from .plan import Plan, Problem, choose_backend, describe, plan_for, why_not
 
-SERVES = ("cpu", "streaming")  # backends whose tiles score all rows against a shard of the columns
+SERVES = ("triton", "cpu", "streaming")  # backends whose tiles score all rows against a shard of the columns
 # how the tensors of a process lie in memory: the plan is for what any of them needs, or all of them allow
 _ANY, _ALL = ("staged", "staged_panels"), ("strided", "aligned", "bf16_products")
 _SAME_SCALE = 1e-4  # relative; processes may round an exponential differently
@@ -93,11 +95,12 @@ def terms(
         critic=critic, grad_critic=grad_critic,
     )  # fmt: skip
     backend = planned_backend(backend, p)
+    chosen = next(name for name in SERVES if backend in ("auto", name) and _serves(name, p))
     common: dict[str, Term] = {
         "critic": critic, "the kind of device": p.device.type, "P": p.P, "L": p.L, "K": p.K,
         "the dtype of l": _short(c.dtype), "the dtype of m": _short(g.dtype), "the loss": estimator,
         "reduction": reduction, "self_mask": "official" if kappa else "exclude", "clip": clip,
-        "backend": choose_backend(backend, p.device, p.critic, p.score_dtype),
+        "backend": chosen, "the GPU": _gpu(p.device) if chosen == "triton" else None,
     }  # fmt: skip
     own: dict[str, Term] = {
         "images": p.N, "scale": _value(scale), "budget": memory_budget(c.device), "threads": p.threads,
@@ -119,11 +122,21 @@ def planned_backend(backend: str, p: Problem) -> str:
     Raises:
         ValueError: a backend that does not serve a group.
     """
-    if choose_backend(backend, p.device, p.critic, p.score_dtype) in SERVES:
-        return backend
-    if backend != "auto":
+    if backend != "auto" and choose_backend(backend, p.device, p.critic, p.score_dtype) not in SERVES:
         raise ValueError(f"backend is {backend!r}; over a group accepted are 'auto', {', '.join(map(repr, SERVES))}")
-    return "streaming"
+    return backend
+
+
+def _serves(backend: str, p: Problem) -> bool:
+    return why_not(backend, p.device, p.critic, p.score_dtype) is None
+
+
+def _gpu(device: torch.device) -> str:
+    """What the plan on a GPU is made from besides the problem."""
+    chip = chip_of(device)
+    assert isinstance(chip, Chip), chip  # or it would not have been chosen
+    clock, bandwidth = f"{chip.clock / 1e6:.0f}MHz", f"{chip.bandwidth / 1e9:.0f}GB/s"
+    return f"{chip.name} {chip.multiprocessors}x{clock} {bandwidth} {precision()}"
 
 
 def sent(plan: Plan) -> list[int]:

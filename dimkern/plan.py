@@ -374,6 +374,8 @@ def unfit(backend: str, problem: Problem, budget: int) -> str | None:
     reason = why_not(backend, p.device, p.critic, p.score_dtype)
     if reason is not None or backend not in ("cpu", "cuda", "triton"):
         return reason
+    if backend == "cuda" and p.shard is not None:
+        return "it does not serve a group"
     if backend == "triton":
         least = gpu_plan.scratch_bytes(p, 1, 1, False)
         room = f"its smallest blocks take {format_bytes(least)}, the memory budget is {format_bytes(budget)}"
