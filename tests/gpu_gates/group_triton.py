@@ -48,14 +48,15 @@ def case_each_family_in_every_order():
     """Blocks that hold none, some or all of a process's own rows."""
     for estimator in ("infonce", "dv", "jsd"):
         check(estimator, RAGGED, unequal())
-        check(estimator, varied(RAGGED, clip=1.5, self_mask="exclude"), unequal(), order=COLUMNS, row_images=2)
+        check(estimator, RAGGED, equal(), "triton", order=COLUMNS, row_images=2)
         if estimator != "jsd":
-            check(estimator, RAGGED, equal(3), "triton", order=ROWS, row_images=2, col_images=2)
+            check(estimator, RAGGED, equal(3), order=ROWS, row_images=2, col_images=2)
             check(estimator, RAGGED, unequal(), order=ROWS, row_images=sum(unequal()), col_images=1)
+    check("infonce", varied(RAGGED, clip=1.5, self_mask="exclude"), unequal(), order=COLUMNS, row_images=2)
 
 
 def case_dtypes_and_layouts():
-    for dtype, order in ((F32, ROWS), (F16, ROWS), (F16, COLUMNS)):
+    for dtype, order in ((F32, ROWS), (F16, COLUMNS)):
         case = varied(RAGGED, P=1, K=32, l_dtype=dtype, m_dtype=dtype, l_layout="channels_last", m_layout="NK")
         check("infonce", case, equal(), order=order, row_images=2)
 

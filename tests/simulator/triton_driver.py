@@ -37,6 +37,7 @@ class Launch:
     kernel: CompiledKernel  # its `asm["ptx"]`, its `metadata`
     grid: tuple[int, int, int]
     counts: dict[str, int]  # instructions, products, barriers
+    stream: int  # that it was given
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Gpu:
     multiprocessors: int = 4
     seed: int | None = 0  # of the order of the blocks
     mutate: Callable[[str], str] | None = None  # plants a fault in the PTX
+    stream: int = 0  # the current one
     launches: list[Launch] = field(default_factory=list)
 
 
@@ -101,7 +103,7 @@ class _Driver:
         return self.gpu.arch
 
     def get_current_stream(self, device=None) -> int:
-        return 0
+        return self.gpu.stream
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -157,7 +159,7 @@ def _launcher(gpu: Gpu, kernel: CompiledKernel):
         packed.append(0)  # the profiler's scratch
         ptx = kernel.asm["ptx"] if gpu.mutate is None else gpu.mutate(kernel.asm["ptx"])
         counts = launch(ptx, (x, y, z), packed, memory, shared_bytes=kernel.metadata.shared, seed=gpu.seed)
-        gpu.launches.append(Launch(kernel, (x, y, z), counts))
+        gpu.launches.append(Launch(kernel, (x, y, z), counts, stream))
 
     return run
 
