@@ -59,9 +59,9 @@ def _frames_below_the_caller() -> int:
 
 
 @lru_cache(maxsize=1)
-def multiplies_bf16() -> bool:
-    """Whether the library multiplies numbers in bfloat16 as they are."""
-    return WHY_NOT_LOADED is None and bool(torch.ops.dimkern_cpu.multiplies_bf16.default())
+def bf16_inner() -> int:
+    """Channels in bfloat16 that the library multiplies at a time, as they are; 0 where it has no product of them."""
+    return 0 if WHY_NOT_LOADED is not None else int(torch.ops.dimkern_cpu.bf16_inner.default())
 
 
 def instruction_sets() -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import gpu_plan
 from .estimators import REGISTRY, Estimator
 from .gpu import Chip, chip_of
-from .native import WHY_NOT_LOADED, multiplies_bf16, warn_once, why_not_cuda
+from .native import WHY_NOT_LOADED, bf16_inner, warn_once, why_not_cuda
 
 BACKENDS = ("cuda", "triton", "cpu", "streaming", "reference")  # in the order "auto" tries them
 
@@ -28,7 +28,7 @@ _ACCELERATOR_TILE_BYTES = 128 * 2**20
 _MOST_ROW_BLOCKS = 64
 # Of the native library, whatever its instruction set: rows of a strip, columns of a panel at least and at
 # most, elements of a thread's tile.
-_NATIVE_LANES, _NATIVE_PANELS, _NATIVE_TILE = 32, (120, 240), 150_000
+_NATIVE_LANES, _NATIVE_PANELS, _NATIVE_TILE = 32, (120, 288), 160_000
 # Of the CUDA library: the largest batch that its small tiles suit, columns of a panel, bytes that rows are padded to.
 _MOST_CUDA_IMAGES, _CUDA_PANEL, _CUDA_PADDING = 512, 64, 16
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
@@ -117,8 +117,8 @@ def describe(
     score_dtype = score_dtype_of(c.dtype, g.dtype)
     on_cpu, strided, matrix = c.device.type == "cpu", c.ndim == 3, is_matrix_view(c)
     staged = c.dtype != score_dtype or not matrix
-    bf16_products = on_cpu and strided and c.dtype == g.dtype == torch.bfloat16 and multiplies_bf16()
-    staged_panels = not (matrix and K % 2 == 0) if bf16_products else staged  # it multiplies pairs of channels
+    bf16_products = on_cpu and strided and c.dtype == g.dtype == torch.bfloat16 and bf16_inner() > 0
+    staged_panels = not (matrix and K % bf16_inner() == 0) if bf16_products else staged
     return Problem(
         estimator, N, g.shape[1], L, K, c.dtype, score_dtype, c.device, staged, weights_known, grad_locals,
         grad_summaries, clip, torch.get_num_threads() if on_cpu else 1, strided, critic, grad_critic, g.dtype,

@@ -1,6 +1,7 @@
 """The native CPU backend where its own blocks end: panels of columns, row blocks, strips; instruction sets; threads."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from oracle import BACKENDS, BF16, F32, F64, Case, assert_within_budget, ours, r
 
 from dimkern import explain
 from dimkern.estimators import REGISTRY
-from dimkern.native import WHY_NOT_LOADED, instruction_sets, multiplies_bf16
+from dimkern.native import WHY_NOT_LOADED, bf16_inner, instruction_sets
 
 pytestmark = pytest.mark.skipif(WHY_NOT_LOADED is not None, reason=f"{WHY_NOT_LOADED} (continuous integration does)")
 LOSSES = [(estimator, reduction) for estimator in REGISTRY for reduction in reductions(estimator)]
@@ -83,12 +84,12 @@ def test_bfloat16_features(estimator):
             assert_within_budget(estimator, case, ours(estimator, case, "cpu"))
 
 
-@pytest.mark.skipif(not multiplies_bf16(), reason="this processor, or DIMKERN_CPU_ISA, has no product of bfloat16")
+@pytest.mark.skipif(not bf16_inner(), reason="this processor, or DIMKERN_CPU_ISA, has no product of bfloat16")
 def test_explain_says_what_is_multiplied():
-    l, m = torch.randn(3, 5, 6, dtype=BF16).mT, torch.randn(3, 6, dtype=BF16)
+    l, m = torch.randn(3, 5, 32, dtype=BF16).mT, torch.randn(3, 32, dtype=BF16)
     assert "read in place, multiplied in bfloat16" in explain(l, m, backend="cpu")
     assert "panel by panel, in the cache, multiplied in bfloat16" in explain(l.contiguous(), m, backend="cpu")
-    assert "panel by panel, in the cache, multiplied in bfloat16" in explain(l[:, :5], m[:, :5], backend="cpu")
+    assert "panel by panel, in the cache, multiplied in bfloat16" in explain(l[:, :31], m[:, :31], backend="cpu")
     assert "multiplied in bfloat16" not in explain(l, m.float(), backend="cpu")
     assert "panel by panel, in the cache" in explain(l, m.float(), backend="cpu")
 
@@ -116,18 +117,18 @@ def test_threads_do_share_the_work():
         torch.set_num_threads(1)
 
 
-def _chosen(isa):
+def _chosen(isa, **variables):
     """The instruction set that runs where `isa` is asked for."""
     code = (
         "from dimkern.native import instruction_sets as sets; print(*(k for k, v in sets().items() if 'chosen' in v))"
     )
-    environment = {**os.environ, "DIMKERN_CPU_ISA": isa}
+    environment = {**os.environ, "DIMKERN_CPU_ISA": isa, **variables}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return run.stdout.strip()
 
 
 @pytest.mark.skipif("DIMKERN_CPU_ISA" in os.environ, reason="runs the tests above once for each instruction set")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_every_instruction_set(isa):
     """What was built and runs here is held to the same tests as the best."""
     fate = instruction_sets()[isa]
@@ -136,11 +137,31 @@ def test_every_instruction_set(isa):
     if "runs here" not in fate:
         pytest.skip(f"{isa}: {fate}")
     assert _chosen(isa) == isa
-    some = "ragged_edges and infonce or several_panels and mean"
+    _passes_the_tests_above(isa)
+
+
+def _passes_the_tests_above(isa, *options, **variables):
+    some = "ragged_edges and infonce or several_panels and mean or test_threads and 2-infonce"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    options += "-p", "no:cacheprovider", "-p", "no:xdist"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", __file__, "-k", some],
-        env={**environment, "DIMKERN_CPU_ISA": isa}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-x", *options, __file__, "-k", some],
+        env={**environment, "DIMKERN_CPU_ISA": isa, **variables}, capture_output=True, text=True,
     )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:]
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert " passed" in run.stdout
+    return run.stderr
+
+
+@pytest.mark.skipif("DIMKERN_CPU_ISA" in os.environ, reason="chooses one by itself")
+def test_amx_in_emulation(native_tests):
+    """The library with its AMX instructions emulated; a processor without AMX is not made to choose it by asking."""
+    sets = instruction_sets()
+    if not sets["amx_bf16"].startswith("built; ") or not re.search("chosen|runs here", sets["avx512_bf16"]):
+        pytest.skip("AMX was not built, or runs by itself, or its other instructions do not run here")
+    assert _chosen("amx_bf16") != "amx_bf16"
+    preload = {"LD_PRELOAD": str(native_tests("amx_preload").with_suffix(".so"))}
+    assert _chosen("amx_bf16", **preload) == "amx_bf16"
+    # faulthandler would take the emulator's signal
+    said = _passes_the_tests_above("amx_bf16", "-p", "no:faulthandler", **preload)
+    assert max(map(int, re.findall(r"(\d+) products emulated", said))) > 1000  # of several processes

@@ -44,7 +44,14 @@ struct Term<float, BFloat16> {
 };
 #endif
 template <class T, class X>
-constexpr std::int64_t kInner = Term<T, X>::inner;
+constexpr std::int64_t kTerm = Term<T, X>::inner;
+#if defined(DK_AMX)
+template <class T, class X>
+constexpr std::int64_t kInner = std::is_same_v<X, BFloat16> ? 32 : kTerm<T, X>;
+#else
+template <class T, class X>
+constexpr std::int64_t kInner = kTerm<T, X>;  // the inner size of a product is padded to a multiple
+#endif
 
 // out[i][j] (+)= sum_p a(i, p) * strip[p][j] for i < rows, j < lanes; `inner` counts terms, lda numbers. By columns,
 // the numbers of one term lie side by side.
@@ -89,7 +96,7 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const 
   const auto step = [&](auto count) {
     constexpr int n = decltype(count)::value;
     for (; i + n <= rows; i += n) {
-      const X* from = a + (a_by_columns ? i * kInner<T, X> : i * lda);
+      const X* from = a + (a_by_columns ? i * kTerm<T, X> : i * lda);
       if (columns == kLanes<T>) {
         micro<T, X, n, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
         continue;
@@ -107,20 +114,21 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const 
   step(Count<1>{});
 }
 
-// A row-major matrix (rows, columns) as a strip: terms of `inner` neighbouring rows, padded with zeros.
-template <int inner, std::int64_t lanes, class X>
+// A row-major matrix (rows, columns) as a strip: terms of neighbouring rows, padded with zeros.
+template <class T, class X>
 DK_FN void pack_strip(const X* from, std::int64_t ld, std::int64_t rows, std::int64_t columns, X* strip) {
-  for (std::int64_t i = 0; i < rows; i += inner) {
+  constexpr std::int64_t term = kTerm<T, X>, lanes = kLanes<T>;
+  for (std::int64_t i = 0; i < padded(rows, kInner<T, X>); i += term) {
     X* __restrict to = strip + i * lanes;
-    if (columns == lanes && i + inner <= rows) {
+    if (columns == lanes && i + term <= rows) {
       for (int j = 0; j < lanes; ++j) {
 #pragma GCC unroll 2
-        for (int k = 0; k < inner; ++k) to[j * inner + k] = from[(i + k) * ld + j];
+        for (int k = 0; k < term; ++k) to[j * term + k] = from[(i + k) * ld + j];
       }
     } else {
       for (int j = 0; j < lanes; ++j) {
-        for (int k = 0; k < inner; ++k) {
-          to[j * inner + k] = j < columns && i + k < rows ? from[(i + k) * ld + j] : X{};
+        for (int k = 0; k < term; ++k) {
+          to[j * term + k] = j < columns && i + k < rows ? from[(i + k) * ld + j] : X{};
         }
       }
     }

@@ -1,5 +1,7 @@
 #include "isas.h"
 
+#include "amx.h"
+
 namespace dimkern {
 
 const std::vector<Candidate>& candidates() {
@@ -14,10 +16,12 @@ const std::vector<Candidate>& candidates() {
     bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
 #endif
-    return std::vector<Candidate>{{"avx512_bf16", isa_avx512_bf16(), bf16},
-                                  {"avx512", isa_avx512(), avx512},
-                                  {"avx2", isa_avx2(), avx2},
-                                  {"generic", isa_generic(), true}};
+    const char* lacks = "this processor lacks it";
+    return std::vector<Candidate>{{"amx_bf16", isa_amx_bf16(), bf16 ? why_not_amx() : lacks},
+                                  {"avx512_bf16", isa_avx512_bf16(), bf16 ? nullptr : lacks},
+                                  {"avx512", isa_avx512(), avx512 ? nullptr : lacks},
+                                  {"avx2", isa_avx2(), avx2 ? nullptr : lacks},
+                                  {"generic", isa_generic(), nullptr}};
   }();
   return all;
 }

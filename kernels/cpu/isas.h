@@ -9,8 +9,8 @@ namespace dimkern {
 
 struct Candidate {
   const char* name;
-  const Isa* isa;  // null where the compiler does not know it
-  bool runs_here;
+  const Isa* isa;       // null where the compiler does not know it
+  const char* why_not;  // null where it runs, else the reason
 };
 
 // The fastest first; the last, "generic", always runs.

@@ -48,7 +48,7 @@ const dimkern::Candidate* asked_for() {
   return nullptr;
 }
 
-bool usable(const dimkern::Candidate& candidate) { return candidate.isa && candidate.runs_here; }
+bool usable(const dimkern::Candidate& candidate) { return candidate.isa && !candidate.why_not; }
 
 const Isa& isa() {
   static const Isa& chosen = []() -> const Isa& {
@@ -389,9 +389,9 @@ std::string isas() {
   const dimkern::Candidate* asked = asked_for();
   std::string lines;
   for (const auto& candidate : dimkern::candidates()) {
-    std::string fate = !candidate.isa         ? "not built, the compiler does not know it"
-                       : !candidate.runs_here ? "built; this processor lacks it"
-                                              : "built, and runs here";
+    std::string fate = !candidate.isa      ? "not built, the compiler does not know it"
+                       : candidate.why_not ? std::string("built; ") + candidate.why_not
+                                           : "built, and runs here";
     if (candidate.isa == &isa())
       fate = asked == &candidate ? "chosen by DIMKERN_CPU_ISA" : "chosen, the fastest that runs here";
     lines += candidate.name + (": " + fate) + "\n";
@@ -401,8 +401,8 @@ std::string isas() {
   return lines;
 }
 
-// Whether summaries and local features in bfloat16 are multiplied as they are.
-bool multiplies_bf16() { return isa().bf16.pack != nullptr; }
+// Channels in bfloat16 that are multiplied at a time, as they are: rows of a multiple are read in place. 0: no product.
+std::int64_t bf16_inner() { return isa().bf16.pack ? isa().bf16.inner : 0; }
 
 }  // namespace
 
@@ -423,7 +423,7 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor, Tensor)");
   m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
-  m.def("multiplies_bf16() -> bool");
+  m.def("bf16_inner() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
@@ -434,5 +434,5 @@ STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
   m.impl("mean_loss", TORCH_BOX(&mean_loss));
   m.impl("advise", TORCH_BOX(&advise));
   m.impl("isas", TORCH_BOX(&isas));
-  m.impl("multiplies_bf16", TORCH_BOX(&multiplies_bf16));
+  m.impl("bf16_inner", TORCH_BOX(&bf16_inner));
 }

@@ -74,7 +74,7 @@ struct Accumulate {
 template <class T, class X = T>
 struct Kernels {
   std::int64_t lanes;    // width of a packed strip; padded R is a multiple of it
-  std::int64_t inner;    // neighbouring inner indices in a packed strip: the inner size is padded to a multiple
+  std::int64_t inner;    // the inner size of a packed strip is padded to a multiple of it, and so are staged channels
   std::int64_t scratch;  // bytes that one thread needs
   void (*pack)(const Pairs<T, X>&, X* by_row, X* by_channel) = nullptr;
   void (*weigh)(const Pairs<T, X>&, const Weigh<T>&, std::int64_t begin, std::int64_t end, std::int64_t panel0,
@@ -103,5 +103,6 @@ const Isa* isa_generic();
 const Isa* isa_avx2();
 const Isa* isa_avx512();
 const Isa* isa_avx512_bf16();
+const Isa* isa_amx_bf16();
 
 }  // namespace dimkern

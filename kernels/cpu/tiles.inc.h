@@ -22,9 +22,22 @@ struct Count {
   static constexpr int value = n;
 };
 
-#include "gemm.inc.h"
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
-constexpr std::int64_t kPanel = 20 * DK_ROWS;  // columns; with kRowBlock a tile fills about half of a core's L2
+// What a product needs of the thread beside memory.
+template <class T, class X>
+struct Registers {};
+
+#include "gemm.inc.h"
+#if defined(DK_AMX)
+#include "gemm_amx.inc.h"
+#endif
+
+#if !defined(DK_PANEL)
+#define DK_PANEL (20 * DK_ROWS)
+#endif
+constexpr std::int64_t kPanel = DK_PANEL;  // columns; with kRowBlock a tile fills about half of a core's L2
 template <class T, class X>
 constexpr std::int64_t kRowBlock = std::is_same_v<T, X> ? 512 : 256;  // a tile of T and two of X
 struct Pointwise {};
@@ -34,12 +47,9 @@ using FamilyOf = std::conditional_t<pointwise, Pointwise, LogSumExp>;
 
 constexpr int kSumGroup = 16;  // float sums longer than this are made in two levels
 
-inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t padded(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
-
 template <class T, class X>
 struct Scratch {
-  static constexpr std::int64_t size = kPanel * kRowBlock<T, X>, sums = kRowBlock<T, X>, narrow = kInner<T, X> - 1;
+  static constexpr std::int64_t size = kPanel * kRowBlock<T, X>, sums = kRowBlock<T, X>, narrow = !std::is_same_v<T, X>;
   T *tile, *ref, *gain, *group, *total;
   X *strip, *by_row, *by_column, *staging;
   explicit Scratch(void* memory) {
@@ -143,7 +153,7 @@ DK_FN BFloat16 widened<BFloat16>(BFloat16 x) {
 }
 #endif
 
-// Channels of a row that is read term by term.
+// Channels of a row as a product reads it.
 template <class T, class X>
 DK_FN std::int64_t padded_channels(const Pairs<T, X>& p) {
   return padded(p.K, kInner<T, X>);
@@ -161,7 +171,9 @@ void stage(const Pairs<T, X>& p, std::int64_t col, std::int64_t cols, X* __restr
     const From* __restrict from =
         static_cast<const From*>(source.data) + (col + begin) / p.L * source.image + location * source.location;
     X* __restrict to = panel + begin * ld;
-    for (std::int64_t l = 0; ld > p.K && l < count; ++l) to[l * ld + p.K] = X{};
+    for (std::int64_t l = 0; ld > p.K && l < count; ++l) {
+      for (std::int64_t k = p.K; k < ld; ++k) to[l * ld + k] = X{};
+    }
     if (source.channel == 1) {
       for (std::int64_t l = 0; l < count; ++l) {
         for (std::int64_t k = 0; k < p.K; ++k) to[l * ld + k] = widened<X>(from[l * source.location + k]);
@@ -217,7 +229,7 @@ template <class T, class X>
 void score(const Pairs<T, X>& p, const Tile& t, const Panel<X>& panel, T* tile) {
   const std::int64_t K = padded_channels(p);
   for (std::int64_t r = 0; r < t.rows; r += kLanes<T>) {
-    product<false>(t.cols, kLanes<T>, K / kInner<T, X>, panel.c, panel.ld, p.g_by_row + (t.row + r) * K, tile + r,
+    product<false>(t.cols, kLanes<T>, K / kTerm<T, X>, panel.c, panel.ld, p.g_by_row + (t.row + r) * K, tile + r,
                    kRowBlock<T, X>, false);
   }
   if (!std::is_same_v<T, X> && p.scale != T(1)) {
@@ -315,6 +327,7 @@ template <class T, class X>
 void weigh(const Pairs<T, X>& p, const Weigh<T>& w, std::int64_t begin, std::int64_t end, std::int64_t panel,
            void* memory) {
   const Scratch<T, X> s(memory);
+  [[maybe_unused]] const Registers<T, X> registers{};
   for (std::int64_t r = 0; r < p.R; ++r) w.ref[r] = T(-__builtin_inf()), w.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
     const Panel<X> columns = panel_at(p, col, least(kPanel, end - col), s.staging);
@@ -399,32 +412,76 @@ Weights<T, T> weights(const Tile&, const Scratch<T, T>& s) {
 }
 
 #if defined(DK_BF16)
-// bfloat16 has float32's exponents, so a small weight is rounded but never lost.
-inline Weights<float, BFloat16> weights(const Tile& t, const Scratch<float, BFloat16>& s) {
+// Columns c and c + 1 in bfloat16 for 16 rows from r on, by row; returns them as pairs. It has float32's exponents, so
+// a small weight is rounded but never lost.
+DK_FN __m512i rounded_pairs(const Tile& t, const Scratch<float, BFloat16>& s, std::int64_t c, std::int64_t r) {
   constexpr std::int64_t ld = kRowBlock<float, BFloat16>;
   const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (std::int64_t c = 0; c < t.cols; c += 2) {
-    const bool both = c + 1 < t.cols;
+  if (c >= t.cols) return _mm512_setzero_si512();
+  const bool both = c + 1 < t.cols;
+  const __m512 x = _mm512_loadu_ps(s.tile + c * ld + r);
+  const __m512 y = both ? _mm512_loadu_ps(s.tile + (c + 1) * ld + r) : _mm512_setzero_ps();
+  const __m256bh x_rounded = _mm512_cvtneps_pbh(x), y_rounded = _mm512_cvtneps_pbh(y);
+  __builtin_memcpy(s.by_row + c * ld + r, &x_rounded, sizeof x_rounded);
+  if (both) __builtin_memcpy(s.by_row + (c + 1) * ld + r, &y_rounded, sizeof y_rounded);
+  return _mm512_permutexvar_epi16(interleaved, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x)));
+}
+
+#if defined(DK_AMX)
+// A matrix of 16 by 16 pairs, transposed: squares of 1, 2, 4 and 8 a side change places across the diagonal.
+DK_FN void transpose(__m512i (&x)[16]) {
+  const __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+#pragma GCC unroll 4
+  for (int step = 0; step < 4; ++step) {
+    const int side = 1 << step;
+    const __m512i across = _mm512_set1_epi32(side), other = _mm512_set1_epi32(16);
+    const __mmask16 right = _mm512_test_epi32_mask(at, across);
+    const __m512i upper = _mm512_mask_add_epi32(at, right, at, _mm512_sub_epi32(other, across));
+    const __m512i lower = _mm512_mask_add_epi32(_mm512_add_epi32(at, across), right, at, other);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i & side) continue;
+      const __m512i a = x[i], b = x[i + side];
+      x[i] = _mm512_permutex2var_epi32(a, upper, b);
+      x[i + side] = _mm512_permutex2var_epi32(a, lower, b);
+    }
+  }
+}
+
+// AMX reads a left operand by rows: here the rows of a tile, whose columns are the inner index, padded with zeros.
+inline Weights<float, BFloat16> weights(const Tile& t, const Scratch<float, BFloat16>& s) {
+  for (std::int64_t c = 0; c < t.cols; c += kInner<float, BFloat16>) {
     for (std::int64_t r = 0; r < t.lanes; r += 16) {
-      const __m512 x = _mm512_loadu_ps(s.tile + c * ld + r);
-      const __m512 y = both ? _mm512_loadu_ps(s.tile + (c + 1) * ld + r) : _mm512_setzero_ps();
-      const __m256bh x_rounded = _mm512_cvtneps_pbh(x), y_rounded = _mm512_cvtneps_pbh(y);
-      __builtin_memcpy(s.by_row + c * ld + r, &x_rounded, sizeof x_rounded);
-      if (both) __builtin_memcpy(s.by_row + (c + 1) * ld + r, &y_rounded, sizeof y_rounded);
-      const __m512i pairs = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(y, x));
-      _mm512_storeu_si512(s.by_column + c * ld + 2 * r, _mm512_permutexvar_epi16(interleaved, pairs));
+      __m512i pairs[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) pairs[i] = rounded_pairs(t, s, c + 2 * i, r);
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(s.by_column + (r + i) * kPanel + c, pairs[i]);
+    }
+  }
+  return {s.by_row, s.by_column, kRowBlock<float, BFloat16>, kPanel};
+}
+#else
+inline Weights<float, BFloat16> weights(const Tile& t, const Scratch<float, BFloat16>& s) {
+  constexpr std::int64_t ld = kRowBlock<float, BFloat16>;
+  for (std::int64_t c = 0; c < t.cols; c += 2) {
+    for (std::int64_t r = 0; r < t.lanes; r += 16) {
+      _mm512_storeu_si512(s.by_column + c * ld + 2 * r, rounded_pairs(t, s, c, r));
     }
   }
   return {s.by_row, s.by_column, ld, 2 * ld};
 }
 #endif
+#endif
 
 template <class T, class X>
 void accumulate(const Pairs<T, X>& p, const Accumulate<T>& a, std::int64_t begin, std::int64_t end, std::int64_t panel,
                 void* memory) {
-  constexpr std::int64_t inner = kInner<T, X>, lanes = kLanes<T>;
+  constexpr std::int64_t inner = kInner<T, X>, term = kTerm<T, X>, lanes = kLanes<T>;
   const Scratch<T, X> s(memory);
+  [[maybe_unused]] const Registers<T, X> registers{};
   for (std::int64_t r = 0; a.sum && r < p.R; ++r) a.sum[r] = 0;
   for (std::int64_t col = begin; col < end; col += kPanel, ++panel) {
     const bool reads = !a.keep || a.grad_h;
@@ -439,14 +496,14 @@ void accumulate(const Pairs<T, X>& p, const Accumulate<T>& a, std::int64_t begin
       }
       const Weights<T, X> w = weights(t, s);
       for (std::int64_t k = 0; a.grad_c && k < p.K; k += lanes) {
-        product<false>(t.cols, least(lanes, p.K - k), padded(t.rows, inner) / inner, w.by_row, w.ld_by_row,
+        product<false>(t.cols, least(lanes, p.K - k), padded(t.rows, inner) / term, w.by_row, w.ld_by_row,
                        p.g_by_channel + k * padded(p.R, inner) + row * lanes, a.grad_c + col * p.K + k, p.K,
                        a.add_c || row > 0);
       }
       for (std::int64_t k = 0; a.grad_h && k < p.K; k += lanes) {
         const std::int64_t channels = least(lanes, p.K - k);
-        pack_strip<inner, lanes>(columns.c + k, columns.ld, t.cols, channels, s.strip);
-        product<true>(t.rows, channels, padded(t.cols, inner) / inner, w.by_column, w.ld_by_column, s.strip,
+        pack_strip<T>(columns.c + k, columns.ld, t.cols, channels, s.strip);
+        product<true>(t.rows, channels, padded(t.cols, inner) / term, w.by_column, w.ld_by_column, s.strip,
                       a.grad_h + row * p.K + k, p.K, a.add_h || col > begin);
       }
     }
@@ -467,20 +524,20 @@ DK_FN BFloat16 scaled(BFloat16 x, float scale) {
 // For the score bfloat16 numbers are packed as they are, and the scores are scaled: no score is rounded.
 template <class T, class X>
 void pack(const Pairs<T, X>& p, X* by_row, X* by_channel) {
-  constexpr std::int64_t lanes = kLanes<T>, inner = kInner<T, X>;
+  constexpr std::int64_t lanes = kLanes<T>, inner = kInner<T, X>, term = kTerm<T, X>;
   const std::int64_t K = padded_channels(p);
   for (std::int64_t row = 0; by_row && row < p.R; row += lanes) {
     for (std::int64_t k = 0; k < K; ++k) {
-      X* to = by_row + row * K + k / inner * inner * lanes + k % inner;
+      X* to = by_row + row * K + k / term * term * lanes + k % term;
       for (std::int64_t r = 0; r < lanes; ++r) {
         const X x = row + r < p.R && k < p.K ? p.g[(row + r) * p.K + k] : X{};
-        to[r * inner] = std::is_same_v<T, X> ? scaled(x, p.scale) : x;
+        to[r * term] = std::is_same_v<T, X> ? scaled(x, p.scale) : x;
       }
     }
   }
   for (std::int64_t k = 0; by_channel && k < p.K; k += lanes) {
     X* strip = by_channel + k * padded(p.R, inner);
-    pack_strip<inner, lanes>(p.g + k, p.K, p.R, least(lanes, p.K - k), strip);
+    pack_strip<T>(p.g + k, p.K, p.R, least(lanes, p.K - k), strip);
     for (std::int64_t i = 0; i < padded(p.R, inner) * lanes; ++i) strip[i] = scaled(strip[i], p.scale);
   }
 }

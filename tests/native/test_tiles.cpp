@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "amx_emulator.h"
 #include "dimkern/estimators.h"
 #include "isas.h"
 #include "tiles.h"
@@ -96,6 +97,7 @@ const Shape kShapes[] = {
     {22, 25, 11, 70, 0, 22, 0, 22, 3},                                    // own rows of image 20 straddle row 512
     {9, 60, 54, 17, 0, 9, 2, 7, 1},    {30, 21, 17, 4, 2, 27, 0, 29, 0},  // off-diagonal blocks, 567 rows
     {2, 600, 3, 2, 0, 2, 1, 1, 0},     {481, 1, 1, 2, 0, 481, 0, 481, 0},
+    {11, 3, 30, 64, 0, 11, 0, 11, 2},  // whole steps of AMX: features in place, 330 columns
 };
 
 struct Variant {
@@ -169,6 +171,12 @@ class Check {
   }
 
   void run() {
+    run_estimator();
+    if (emulated_tiles_live()) fail("AMX's registers are live still", 0, 1, 0);
+  }
+
+ private:
+  void run_estimator() {
     const Source source{stored.get(), number, image(), location(), channel()};
     Pairs<T, X> p{name_,
                   R,
@@ -199,7 +207,6 @@ class Check {
     if (!known) fail("no such estimator", 0, 0, 0);
   }
 
- private:
   static constexpr bool bf16 = std::is_same_v<X, BFloat16>;
 
   Index up(Index n) const { return (n + use_.lanes - 1) / use_.lanes * use_.lanes; }
@@ -404,15 +411,25 @@ class Check {
   Array<double> score;
 };
 
+bool runs(const char* name) {
+  for (const auto& candidate : dimkern::candidates()) {
+    if (std::strcmp(candidate.name, name) == 0) return candidate.isa && !candidate.why_not;
+  }
+  return false;
+}
+
 }  // namespace
 
 int main() {
   const char* estimators[] = {"infonce", "dv", "jsd", "gan", "kl", "rkl", "h2", "x2", "w1"};
-  for (const auto& [isa_name, isa, runs_here] : dimkern::candidates()) {
-    if (!isa || !runs_here) {
-      std::printf("%s: %s\n", isa_name, isa ? "built, not supported by this processor" : "not built");
+  const bool emulates = runs("avx512_bf16");
+  for (const auto& [isa_name, isa, why_not] : dimkern::candidates()) {
+    const bool emulated = isa && why_not && emulates && std::strcmp(isa_name, "amx_bf16") == 0;
+    if (!isa || (why_not && !emulated)) {
+      std::printf("%s: %s\n", isa_name, isa ? why_not : "not built");
       continue;
     }
+    if (emulated) emulate_amx();
     int checks = 0;
     for (const Shape& shape : kShapes) {
       for (const Variant& variant : kVariants) {
@@ -427,7 +444,8 @@ int main() {
         }
       }
     }
-    std::printf("%s: %d checks\n", isa->name, checks);
+    std::printf("%s: %d checks", isa->name, checks);
+    emulated ? std::printf(", %lld products emulated\n", static_cast<long long>(emulated_products())) : std::puts("");
   }
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
