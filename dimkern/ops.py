@@ -4,7 +4,8 @@ Local features come as (N, L, K) with any strides, or as (N, H, W, K) where no s
 Two ops pose one Problem:
 
 - `mean_loss` returns the mean loss with its gradients already made (three GEMMs); backward multiplies
-  them by the upstream scalar.
+  them by the upstream scalar. They are in the dtype of the scores, but for that by c which is bfloat16
+  on a CPU (`plan.locals_gradient_dtype`).
 - `scores` returns the statistics that every other reduction is a small formula of; its backward, given
   their upstream gradients, sweeps the pairs again (`scores_backward`).
 
@@ -25,7 +26,7 @@ from .backends.cpu import CpuTiles
 from .backends.cuda import CudaTiles, chain
 from .backends.torch import TorchTiles
 from .config import memory_budget
-from .plan import Plan, describe, plan_for, score_dtype_of, why_not
+from .plan import Plan, describe, locals_gradient_dtype, plan_for, score_dtype_of, why_not
 
 _library = torch.library.Library("dimkern", "DEF")
 _library.define(
@@ -52,11 +53,13 @@ _SECOND_DERIVATIVE = (
 )
 
 
-def _gradients(c: Tensor, g: Tensor, grad_c: bool, grad_g: bool) -> tuple[Tensor, Tensor]:
-    """Buffers for the gradients by c and by scale * g; empty ones for those nobody needs."""
+def _gradients(
+    c: Tensor, g: Tensor, grad_c: bool, grad_g: bool, c_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Buffers for the gradients by c (in `c_dtype`, or the scores') and by scale * g; empty where nobody needs one."""
     dtype = score_dtype_of(c.dtype, g.dtype)
     return (
-        c.new_empty(c.shape if grad_c else (0,), dtype=dtype),
+        c.new_empty(c.shape if grad_c else (0,), dtype=c_dtype or dtype),
         g.new_empty(g.shape if grad_g else (0,), dtype=dtype),
     )
 
@@ -90,10 +93,11 @@ def _mean_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g)
     plan = plan_for(problem, memory_budget(c.device), backend)
-    d_c, d_h = _gradients(c, g, grad_c, grad_g)
+    d_c, d_h = _gradients(c, g, grad_c, grad_g, plan.summed_dtype)
     with _no_autocast(c):
         tiles = _tiles(plan, c, g, scale, d_c, d_h)
         loss, (positives, negatives) = streaming.mean_loss(tiles, plan, kappa)
+    d_c = d_c.to(problem.locals_gradient_dtype)
     return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype).contiguous(), d_c, d_h
 
 
@@ -115,11 +119,11 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g, weights_known=True)
     plan = plan_for(problem, int(budget), backend)
-    d_c, d_h = _gradients(c, g, grad_c, grad_g)
+    d_c, d_h = _gradients(c, g, grad_c, grad_g, plan.summed_dtype)
     with _no_autocast(c):
         tiles = _tiles(plan, c, g, scale, d_c, d_h)
         streaming.differentiate(tiles, plan, negatives, d_positives, d_negatives)
-    return d_c, d_h
+    return d_c.to(problem.locals_gradient_dtype), d_h
 
 
 def _no_autocast(c: Tensor) -> AbstractContextManager[None]:
@@ -138,7 +142,8 @@ def _mean_loss_fake(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend
     dtype = score_dtype_of(c.dtype, g.dtype)
     (N, P, _), L = g.shape, c.shape[1:-1].numel()
     statistics = c.new_empty((N, P, L), dtype=dtype), c.new_empty((N, P), dtype=dtype)
-    return c.new_empty((), dtype=dtype), *statistics, *_gradients(c, g, grad_c, grad_g)
+    by_c = locals_gradient_dtype(c.device, c.dtype, g.dtype)
+    return c.new_empty((), dtype=dtype), *statistics, *_gradients(c, g, grad_c, grad_g, by_c)
 
 
 @torch.library.register_fake("dimkern::scores", lib=_library)
@@ -153,7 +158,7 @@ def _scores_fake(c, g, scale, estimator, kappa, clip, backend="streaming"):
 def _scores_backward_fake(
     c, g, scale, negatives, d_positives, d_negatives, budget, estimator, clip, grad_c, grad_g, backend="streaming"
 ):  # fmt: skip
-    return _gradients(c, g, grad_c, grad_g)
+    return _gradients(c, g, grad_c, grad_g, locals_gradient_dtype(c.device, c.dtype, g.dtype))
 
 
 def _by_inputs(needed, d_c, d_h, c_dtype, g, scale):
@@ -202,7 +207,7 @@ class _MeanLoss(torch.autograd.Function):
             d_scale = ((grad_h * g).sum() * d_loss).to(scale.dtype) if by_scale else None
             return d_c if by_c else None, d_g if by_g else None, d_scale, *[None] * 4
         if not _leaves_as_it_is(d_loss):
-            grad_c, grad_h = grad_c * d_loss, grad_h * d_loss
+            grad_c, grad_h = _times(grad_c, d_loss), grad_h * d_loss
         gradients = _by_inputs(ctx.needs_input_grad[:3], grad_c, grad_h, ctx.c_dtype, g, scale)
         if torch.is_grad_enabled():
             gradients = (None if x is None else _Once.apply(x, c, g, scale) for x in gradients)
@@ -243,6 +248,16 @@ def _scaled(gradient, upstream):
     return gradient if _leaves_as_it_is(upstream) else gradient * upstream
 
 
+def _times(gradient, upstream):
+    """A gradient in its own dtype times the upstream factor, multiplied in the factor's and rounded once."""
+    if gradient.dtype == upstream.dtype:
+        return gradient * upstream
+    factor = _value(upstream)
+    if factor is None:
+        return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
+    return gradient * factor  # torch multiplies bfloat16 numbers by one number in float32
+
+
 def _leaves_as_it_is(upstream):
     """Whether saved gradients are what the upstream factor makes of them, and may be handed out."""
     # loss.backward() gives a factor of 1, and a pass over the gradients costs up to a tenth of a whole loss; nobody
@@ -252,13 +267,17 @@ def _leaves_as_it_is(upstream):
 
 
 def _is_one(number):
-    """Whether a number on the CPU is 1; False for what only stands for numbers (traced, batched)."""
+    return _value(number) == 1.0
+
+
+def _value(number):
+    """What a number on the CPU is; None for what only stands for numbers (traced, batched)."""
     if type(number) is not Tensor or number.device.type != "cpu":
-        return False
+        return None
     try:
-        return number.item() == 1.0
+        return number.item()
     except RuntimeError:  # a batched tensor has no one value
-        return False
+        return None
 
 
 def _scores_context(ctx, inputs, output):

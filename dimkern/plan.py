@@ -26,9 +26,9 @@ _TILE_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_TILE_BYTES = 128 * 2**20
 # Row blocks beyond which a fourth GEMM is cheaper than rewriting the locals' gradient once a block.
 _MOST_ROW_BLOCKS = 64
-# Of the native library, whatever its instruction set: rows of a strip, columns of a panel at least and at
-# most, elements of a thread's tile.
-_NATIVE_LANES, _NATIVE_PANELS, _NATIVE_TILE = 32, (120, 288), 160_000
+# Of the native library, whatever its instruction set: rows of a strip, of a tile at least, columns of a panel at
+# least and at most, elements of a thread's tile.
+_NATIVE_LANES, _NATIVE_ROWS, _NATIVE_PANELS, _NATIVE_TILE = 32, 256, (120, 288), 165_000
 # Of the CUDA library: the largest batch that its small tiles suit, columns of a panel, bytes that rows are padded to.
 _MOST_CUDA_IMAGES, _CUDA_PANEL, _CUDA_PADDING = 512, 64, 16
 _ROW_STATISTICS = 8  # float64 numbers a row and column block that close the row
@@ -91,6 +91,10 @@ class Problem(NamedTuple):  # as quickly made, hashed and compared as small batc
         return self.dtype if self.dtype == self.summaries_dtype else self.score_dtype
 
     @property
+    def locals_gradient_dtype(self) -> torch.dtype:
+        return locals_gradient_dtype(self.device, self.dtype, self.summaries_dtype)
+
+    @property
     def in_place(self) -> bool:
         """A GPU reads the local features where they are."""
         return self.aligned and self.dtype == self.operand_dtype
@@ -131,6 +135,18 @@ def score_dtype_of(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def locals_gradient_dtype(device: torch.device, dtype: torch.dtype, summaries_dtype: torch.dtype) -> torch.dtype:
+    """What the ops return the gradient by the local features in, before the upstream factor.
+
+    The scores' dtype, but for bfloat16 features on a CPU, where writing float32 and casting it took up to a quarter of
+    a whole loss. Nothing is out of bfloat16's range; rounded before and after the factor, a gradient is off by 2^-7 of
+    itself at most. float16 would lose small gradients before a loss scale reaches them.
+    """
+    score_dtype = score_dtype_of(dtype, summaries_dtype)
+    rounds = device.type == "cpu" and dtype == torch.bfloat16 and score_dtype == torch.float32
+    return dtype if rounds else score_dtype
+
+
 def is_matrix_view(c: Tensor) -> bool:
     """c reads as a row-major (N·L, K) matrix without a copy."""
     if c.ndim == 4:
@@ -168,7 +184,7 @@ class Plan:
     row_images: int  # images per block of rows: row_images * P rows
     col_images: int  # images per block of columns: col_images * L columns
     budget: int  # bytes
-    scratch: int  # bytes expected beyond inputs, outputs and gradients
+    scratch: int  # bytes expected beyond inputs, outputs and gradients (in the dtype they are summed in)
     gpu: gpu_plan.GpuChoice | None = None
 
     def row_blocks(self) -> Iterator[slice]:
@@ -176,6 +192,12 @@ class Plan:
 
     def col_blocks(self) -> Iterator[slice]:
         return blocks(self.problem.held, self.col_images, self.problem.here.start)
+
+    @property
+    def summed_dtype(self) -> torch.dtype:
+        """What the tiles make the gradient by the local features in: rounded at once where no second block adds."""
+        rounds = self.backend == "cpu" and self.row_images == self.problem.N
+        return self.problem.locals_gradient_dtype if rounds else self.problem.score_dtype
 
     @property
     def gemms(self) -> int:
@@ -444,6 +466,8 @@ def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     kept_bytes = rows * (p.held * p.L + panels) * p.itemsize if kept else 0
     staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
     staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged_panels else 0
+    if rows > _NATIVE_ROWS and row_images == p.N and p.locals_gradient_dtype != p.score_dtype:
+        staging += p.threads * _NATIVE_PANELS[1] * (p.K + _NATIVE_LANES) * p.itemsize  # sums that are rounded at last
     own = rows * p.L * p.itemsize if p.shard else 0  # weights of own-image pairs, zeros for those that are elsewhere
     return _common_bytes(p, rows, col_images) + given + tiles + packed + kept_bytes + staging + own
 

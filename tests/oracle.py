@@ -304,7 +304,8 @@ def assert_within_budget(estimator, case, got: Run):
     for name, x in zip("lms", case.tensors(), strict=True):
         if name in case.needs:
             assert got.grads[name].dtype == x.dtype
-            rounding = torch.finfo(x.dtype)  # one cast at the end
+            # half a unit for the cast at the end; bfloat16's has another where it is rounded before the upstream factor
+            rounding = torch.finfo(x.dtype)
             small = of_grads[name] + rounding.eps * oracle.grads[name].abs() + rounding.smallest_normal * rounding.eps
             _assert_close(f"gradient by {name}", got.grads[name], eager.grads[name], oracle.grads[name], small)
 

@@ -95,6 +95,8 @@ def _run_within_budget(backend, estimator, fields, monkeypatch, budgets=(0.0, 0.
                 runs.append(peak_of(lambda a=(c, g, scale, *known): ops._scores_backward(*a, True, True, backend)))
             for plan, (peak, outputs) in zip(plans[-len(runs) :], runs, strict=True):
                 scratch = peak - sum(x.nbytes for x in outputs)
+                if plan.summed_dtype != plan.problem.locals_gradient_dtype:
+                    scratch -= c.numel() * plan.summed_dtype.itemsize
                 assert plan.scratch <= plan.budget
                 assert scratch <= plan.scratch + SMALL, f"{scratch} bytes where {plan} has {plan.scratch}"
     return plans

@@ -268,6 +268,12 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
     const std::int64_t size = p.R * p.K;
     std::optional<Tensor> partial;
     if (grad_h.has_value() && shares.count > 1) partial = like<T>(g, {(shares.count - 1) * size});
+    const bool rounds = grad_c.has_value() && grad_c->scalar_type() != kType<T>;
+    STD_TORCH_CHECK(!rounds || (std::is_same_v<T, float> && grad_c->scalar_type() == ScalarType::BFloat16 && !add_c),
+                    "a gradient of c in the scores' dtype expected, or all of it in bfloat16");
+    const std::int64_t summed =
+        rounds ? isa().panel * (p.R > use.rows ? ceil_div(p.K, use.lanes) * use.lanes : use.lanes) : 0;
+    Tensor panels = like<T>(g, {shares.count * summed});
     T* whole = data<T>(grad_h);
     shares.parallel([&](std::int64_t i, Share share) {
       Accumulate<T> a{data<T>(keep),
@@ -277,11 +283,13 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
                       data<T>(own),
                       data<T>(positives),
                       whole,
-                      data<T>(grad_c),
+                      rounds ? nullptr : data<T>(grad_c),
                       i == 0 && add_h,
                       add_c,
                       static_cast<T>(own_each),
-                      sums.data() + i * p.R};
+                      sums.data() + i * p.R,
+                      rounds ? data<BFloat16>(grad_c) : nullptr,
+                      data<T>(panels) + i * summed};
       if (whole && i > 0) a.grad_h = data<T>(partial) + (i - 1) * size;
       use.accumulate(p, a, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
@@ -309,7 +317,7 @@ void advise(const Tensor& x) {
 #if defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t page = 2 << 20, worth = 4 * page;
   const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x.data_ptr());
-  const std::uintptr_t end = begin + x.numel() * (x.scalar_type() == ScalarType::Double ? 8 : 4);
+  const std::uintptr_t end = begin + x.numel() * x.element_size();
   const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
   if (end - begin >= worth) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif

@@ -67,6 +67,9 @@ struct Accumulate {
   bool add_h, add_c;  // the gradient holds a sum already
   T own_each;         // > 0 and no `own`: an own-image pair weighs -own_each * f'(score), the mean loss's weight
   double* sum;        // (R,) this thread's sum of psi, where the tiles are scored again
+  // (M, K) in place of grad_c, where T is float and every row is here: sums of a panel, rounded once.
+  BFloat16* rounded_c = nullptr;
+  T* panel_c = nullptr;  // those sums, (K / lanes strips, panel, lanes); one strip where R fits a tile
 };
 
 // The code for one instruction set. begin and end are columns of the block; panel0 is the index that the panel at
@@ -75,6 +78,7 @@ template <class T, class X = T>
 struct Kernels {
   std::int64_t lanes;    // width of a packed strip; padded R is a multiple of it
   std::int64_t inner;    // the inner size of a packed strip is padded to a multiple of it, and so are staged channels
+  std::int64_t rows;     // of a tile
   std::int64_t scratch;  // bytes that one thread needs
   void (*pack)(const Pairs<T, X>&, X* by_row, X* by_channel) = nullptr;
   void (*weigh)(const Pairs<T, X>&, const Weigh<T>&, std::int64_t begin, std::int64_t end, std::int64_t panel0,

@@ -153,6 +153,12 @@ DK_FN BFloat16 widened<BFloat16>(BFloat16 x) {
 }
 #endif
 
+// To the nearest, of two to the even one.
+DK_FN BFloat16 rounded(float x) {
+  const std::uint32_t bits = detail::bits_as<std::uint32_t>(x), nearest = bits + 0x7fff + (bits >> 16 & 1);
+  return {static_cast<std::uint16_t>((x == x ? nearest : 0x7fc00000u) >> 16)};
+}
+
 // Channels of a row as a product reads it.
 template <class T, class X>
 DK_FN std::int64_t padded_channels(const Pairs<T, X>& p) {
@@ -476,6 +482,47 @@ inline Weights<float, BFloat16> weights(const Tile& t, const Scratch<float, BFlo
 #endif
 #endif
 
+// A strip (rows, lanes) of float sums as `columns` columns of a matrix of bfloat16 numbers.
+inline void round_strip(std::int64_t rows, std::int64_t columns, const float* __restrict from, BFloat16* __restrict to,
+                        std::int64_t ld) {
+  constexpr std::int64_t lanes = kLanes<float>;
+  for (std::int64_t i = 0; i < rows; ++i, from += lanes, to += ld) {
+    if (columns == lanes) {
+#if defined(DK_BF16)
+      const auto pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from));
+      _mm512_storeu_si512(to, reinterpret_cast<__m512i>(pairs));
+#else
+      for (std::int64_t j = 0; j < lanes; ++j) to[j] = rounded(from[j]);
+#endif
+    } else {
+      for (std::int64_t j = 0; j < columns; ++j) to[j] = rounded(from[j]);
+    }
+  }
+}
+
+// The tile's part of the gradient of c.
+template <class T, class X>
+void accumulate_c(const Pairs<T, X>& p, const Accumulate<T>& a, const Tile& t, const Weights<T, X>& w) {
+  constexpr std::int64_t inner = kInner<T, X>, term = kTerm<T, X>, lanes = kLanes<T>;
+  for (std::int64_t k = 0; k < p.K; k += lanes) {
+    const std::int64_t channels = least(lanes, p.K - k);
+    const X* strip = p.g_by_channel + k * padded(p.R, inner) + t.row * lanes;
+    const auto multiply = [&](std::int64_t columns, T* out, std::int64_t ld) {
+      product<false>(t.cols, columns, padded(t.rows, inner) / term, w.by_row, w.ld_by_row, strip, out, ld,
+                     a.add_c || t.row > 0);
+    };
+    if (!a.rounded_c) {
+      multiply(channels, a.grad_c + t.col * p.K + k, p.K);
+      continue;
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      float* sums = a.panel_c + (p.R > kRowBlock<T, X> ? k * kPanel : 0);
+      multiply(lanes, sums, lanes);
+      if (t.row + t.rows == p.R) round_strip(t.cols, channels, sums, a.rounded_c + t.col * p.K + k, p.K);
+    }
+  }
+}
+
 template <class T, class X>
 void accumulate(const Pairs<T, X>& p, const Accumulate<T>& a, std::int64_t begin, std::int64_t end, std::int64_t panel,
                 void* memory) {
@@ -495,11 +542,7 @@ void accumulate(const Pairs<T, X>& p, const Accumulate<T>& a, std::int64_t begin
         with_estimator(p.estimator, [&](auto estimator) { map_known<decltype(estimator)>(p, a, t, s); });
       }
       const Weights<T, X> w = weights(t, s);
-      for (std::int64_t k = 0; a.grad_c && k < p.K; k += lanes) {
-        product<false>(t.cols, least(lanes, p.K - k), padded(t.rows, inner) / term, w.by_row, w.ld_by_row,
-                       p.g_by_channel + k * padded(p.R, inner) + row * lanes, a.grad_c + col * p.K + k, p.K,
-                       a.add_c || row > 0);
-      }
+      if (a.grad_c || a.rounded_c) accumulate_c(p, a, t, w);
       for (std::int64_t k = 0; a.grad_h && k < p.K; k += lanes) {
         const std::int64_t channels = least(lanes, p.K - k);
         pack_strip<T>(columns.c + k, columns.ld, t.cols, channels, s.strip);
@@ -514,12 +557,7 @@ template <class T>
 DK_FN T scaled(T x, T scale) {
   return x * scale;
 }
-// Rounded to the nearest, of two to the even one.
-DK_FN BFloat16 scaled(BFloat16 x, float scale) {
-  const float y = widened<float>(x) * scale;
-  const std::uint32_t bits = detail::bits_as<std::uint32_t>(y), nearest = bits + 0x7fff + (bits >> 16 & 1);
-  return {static_cast<std::uint16_t>((y == y ? nearest : 0x7fc00000u) >> 16)};
-}
+DK_FN BFloat16 scaled(BFloat16 x, float scale) { return rounded(widened<float>(x) * scale); }
 
 // For the score bfloat16 numbers are packed as they are, and the scores are scaled: no score is rounded.
 template <class T, class X>
@@ -543,7 +581,7 @@ void pack(const Pairs<T, X>& p, X* by_row, X* by_channel) {
 }
 
 template <class T, class X>
-constexpr Kernels<T, X> kernels = {kLanes<T>,  kInner<T, X>, Scratch<T, X>::bytes,
+constexpr Kernels<T, X> kernels = {kLanes<T>,  kInner<T, X>, kRowBlock<T, X>, Scratch<T, X>::bytes,
                                    pack<T, X>, weigh<T, X>,  accumulate<T, X>};
 
 inline constexpr Isa isa = {

@@ -102,20 +102,21 @@ const Shape kShapes[] = {
 
 struct Variant {
   double scale, clip;
-  bool keep, add, own;
+  bool keep, add, own, rounded;  // rounded: the gradient of c in bfloat16, where scores are float
   Index threads;
   enum { matrix, by_channel, by_location } layout;  // the features: a matrix in place, or staged from (images, K, L)
   Number number;                                    // or from (images, L, K), of any type
 };
 
 const Variant kVariants[] = {
-    {1, 0, true, false, true, 1, Variant::matrix, {}},
-    {-0.7, 0, true, true, false, 3, Variant::by_channel, Number::float32},
-    {1.3, 2.5, true, false, true, 2, Variant::by_location, Number::bfloat16},
-    {0.6, 0, false, false, true, 1, Variant::by_channel, Number::float16},
-    {1, 0, false, false, false, 2, Variant::by_location, Number::float64},
-    {1.1, 2.5, false, true, true, 3, Variant::matrix, {}},
-    {0, 2.5, false, false, false, 1, Variant::by_channel, Number::bfloat16},
+    {1, 0, true, false, true, false, 1, Variant::matrix, {}},
+    {1, 0, true, false, true, true, 2, Variant::matrix, {}},
+    {-0.7, 0, true, true, false, false, 3, Variant::by_channel, Number::float32},
+    {1.3, 2.5, true, false, true, false, 2, Variant::by_location, Number::bfloat16},
+    {0.6, 0, false, false, true, false, 1, Variant::by_channel, Number::float16},
+    {1, 0, false, false, false, false, 2, Variant::by_location, Number::float64},
+    {1.1, 2.5, false, true, true, false, 3, Variant::matrix, {}},
+    {0, 2.5, false, false, false, true, 1, Variant::by_channel, Number::bfloat16},
 };
 
 template <class T, class X>
@@ -208,6 +209,7 @@ class Check {
   }
 
   static constexpr bool bf16 = std::is_same_v<X, BFloat16>;
+  bool rounds() const { return v_.rounded && std::is_same_v<T, float>; }
 
   Index up(Index n) const { return (n + use_.lanes - 1) / use_.lanes * use_.lanes; }
   Index terms(Index n) const { return (n + use_.inner - 1) / use_.inner * use_.inner; }
@@ -315,6 +317,8 @@ class Check {
     const double own_each = keep || v_.own ? 0.0 : 0.01;
     if (own_each > 0) std::fill_n(positives.get(), positives.size, T(NAN));
     Array<T> grad_c(M * K), grad_h(R * K);
+    Array<BFloat16> rounded_c(rounds() ? M * K : 0);
+    const Index strips = R > use_.rows ? up(K) / use_.lanes : 1;
     std::vector<double> h(R * K, 0.0), h_size(R * K, 1e-3), d(M * K, 0.0), d_size(M * K, 1e-3), sums(R, 0.0);
     std::vector<double> h_most(R * K, 0.0), d_most(M * K, 0.0);
     if (v_.add) {
@@ -325,6 +329,7 @@ class Check {
     for (Index i = 0; i < shares; ++i) {
       Array<T> part(R * K);
       Array<double> share_sum(R);
+      Array<T> panel_c(rounds() ? strips * isa_.panel * use_.lanes : 0);
       Accumulate<T> a{keep ? keep->get() : nullptr,
                       keep ? panel_ref.get() : nullptr,
                       pointwise ? nullptr : ref.get(),
@@ -332,11 +337,13 @@ class Check {
                       v_.own ? own.get() : nullptr,
                       positives.get(),
                       i == 0 ? grad_h.get() : part.get(),
-                      grad_c.get(),
+                      rounds() ? nullptr : grad_c.get(),
                       i == 0 && v_.add,
                       v_.add,
                       T(own_each),
-                      share_sum.get()};
+                      share_sum.get(),
+                      rounds() ? rounded_c.get() : nullptr,
+                      panel_c.get()};
       use_.accumulate(p, a, i * width, std::min(M, (i + 1) * width), i * panels, fresh_scratch());
       for (Index k = 0; k < R * K; ++k) got_h[k] += double(a.grad_h[k]);
       for (Index r = 0; r < R; ++r) sums[r] += share_sum[r];
@@ -364,7 +371,10 @@ class Check {
     // of weights near the middle of two neighbours in bfloat16, a few round otherwise here than there
     const double few = bf16 ? 0x1p-6 : 0.0;
     for (Index i = 0; i < R * K; ++i) near("gradient of h", i, got_h[i], h[i], h_size[i], few * h_most[i]);
-    for (Index i = 0; i < M * K; ++i) near("gradient of c", i, double(grad_c[i]), d[i], d_size[i], few * d_most[i]);
+    for (Index i = 0; i < M * K; ++i) {
+      const double got = rounds() ? Product<BFloat16>::value(rounded_c[i]) : double(grad_c[i]);
+      near("gradient of c", i, got, d[i], d_size[i], few * d_most[i] + (rounds() ? 0x1p-8 * std::fabs(d[i]) : 0));
+    }
     if (own_each > 0) near_positives();
     Accumulate<T> nothing{keep ? keep->get() : nullptr,
                           panel_ref.get(),
