@@ -37,7 +37,8 @@ def parse_bytes(size: int | str, name: str = "memory_budget") -> int:
 def config(*, memory_budget: int | str) -> Iterator[None]:
     """Bound what a loss may allocate beyond its inputs, outputs and gradients, in this context.
 
-    The gradients of half-precision inputs are float32 from the forward until the upstream factor is in.
+    The gradients of half-precision inputs are float32 from the forward until the upstream factor is in; that by
+    bfloat16 local features on a CPU is bfloat16.
 
     Args:
         memory_budget: bytes, or text such as "256MB". Without it the environment variable

@@ -252,7 +252,7 @@ def _times(gradient, upstream):
     """A gradient in its own dtype times the upstream factor, multiplied in the factor's and rounded once."""
     if gradient.dtype == upstream.dtype:
         return gradient * upstream
-    factor = _value(upstream)
+    factor = None if torch.is_grad_enabled() else _value(upstream)  # a number would hide what the factor depends on
     if factor is None:
         return (gradient.to(upstream.dtype) * upstream).to(gradient.dtype)
     return gradient * factor  # torch multiplies bfloat16 numbers by one number in float32

@@ -168,6 +168,16 @@ def test_a_second_derivative_is_refused(estimator, reduction):
                 torch.autograd.grad(gradient.square().sum(), leaves[second])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_derivative_by_the_upstream_factor_is_refused(dtype):
+    """It is never left out of a sum: the factor's other path to the loss would hide that."""
+    l, m, _ = Case(N=3, l_dtype=dtype, m_dtype=dtype).tensors()
+    factor = torch.tensor(2.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss_of("jsd", l, m) * factor, l, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(gradient.float().square().sum() + factor**2, factor)
+
+
 def test_the_reference_backend_has_second_derivatives():
     leaves = Case(N=3, L=2, K=3, l_dtype=F64, m_dtype=F64).tensors()
     for estimator in REGISTRY:
