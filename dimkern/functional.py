@@ -211,7 +211,7 @@ def _checked(measure: str | None, l: Tensor, m: Tensor, options: _Options, least
     check_generator(options.generator, options.negatives)
     clip, factor = check_clip(options.clip), check_scale(options.scale, c, g)
     kappa = c.shape[1:-1].numel() * math.exp(OFFICIAL_SELF_SCORE) if options.self_mask == "official" else 0.0
-    if options.backend != "auto":
+    if options.backend != "auto":  # which the ops choose by; here only a bad name, or one that cannot serve
         choose_backend(options.backend, c.device, "dot" if critic is None else "pair_mlp")
     if options.backend != "reference" and options.negatives == "all" and critic is None:
         refuse_forward_mode(l, m, factor)

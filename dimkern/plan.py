@@ -196,7 +196,7 @@ class Plan:
     @property
     def summed_dtype(self) -> torch.dtype:
         """What the tiles make the gradient by the local features in: rounded at once where no second block adds."""
-        rounds = self.backend == "cpu" and self.row_images == self.problem.N
+        rounds = self.backend == "cpu" and _rounds_at_once(self.problem, self.row_images)
         return self.problem.locals_gradient_dtype if rounds else self.problem.score_dtype
 
     @property
@@ -466,7 +466,7 @@ def _cpu_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> int:
     kept_bytes = rows * (p.held * p.L + panels) * p.itemsize if kept else 0
     staging = _staging_bytes(p, own_images(p) if p.strided else col_images)
     staging += p.threads * _NATIVE_PANELS[1] * p.K * p.itemsize if p.staged_panels else 0
-    if rows > _NATIVE_ROWS and row_images == p.N and p.locals_gradient_dtype != p.score_dtype:
+    if rows > _NATIVE_ROWS and _rounds_at_once(p, row_images):
         staging += p.threads * _NATIVE_PANELS[1] * (p.K + _NATIVE_LANES) * p.itemsize  # sums that are rounded at last
     own = rows * p.L * p.itemsize if p.shard else 0  # weights of own-image pairs, zeros for those that are elsewhere
     return _common_bytes(p, rows, col_images) + given + tiles + packed + kept_bytes + staging + own
@@ -492,6 +492,12 @@ def _cuda_bytes(p: Problem) -> int:
     weights = rows * (-(-cols // wide) * wide) * itemsize if p.needs_grad else 0
     statistics = rows * (2 * -(-cols // _CUDA_PANEL) + p.L + 3) * 4
     return copies + weights + statistics
+
+
+def _rounds_at_once(p: Problem, row_images: int) -> bool:
+    """The native kernels round the gradient by the local features as they make it; a group sums it in float32."""
+    alone = row_images == p.N and p.shard is None
+    return p.grad_locals and alone and p.locals_gradient_dtype != p.score_dtype
 
 
 def own_images(p: Problem) -> int:

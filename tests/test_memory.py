@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 import dimkern
 from dimkern import ops
 from dimkern.estimators import REGISTRY
+from dimkern.plan import describe, make_plan
 from dimkern.validate import as_locals, as_summaries
 
 ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
@@ -108,6 +109,18 @@ def test_the_measure_would_see_a_pair_tensor():
     with dimkern.config(memory_budget="100kB"):
         assert peak_of(lambda: loss_of("jsd", l, m, backend="streaming"))[0] < 120_000 < pairs
     assert peak_of(lambda: loss_of("jsd", l, m, backend="reference"))[0] > 2 * pairs
+
+
+def test_room_for_rounding_is_planned_only_where_something_is_rounded():
+    """A bfloat16 gradient by the local features, made by one process: not without it, nor over a group."""
+    c, g = torch.randn(300, 2, 65).bfloat16(), torch.randn(300, 1, 65).bfloat16()
+    made, unmade = (
+        describe("infonce", c, g, clip=None, grad_locals=by_c, grad_summaries=True) for by_c in (True, False)
+    )
+    assert make_plan(made, 2**28, "cpu").scratch > make_plan(unmade, 2**28, "cpu").scratch
+    shared = [make_plan(p._replace(shard=(0, p.N)), 2**28, "cpu") for p in (made, unmade)]
+    assert shared[0].scratch == shared[1].scratch
+    assert shared[0].summed_dtype == torch.float32
 
 
 IN_A_FRESH_PROCESS = """

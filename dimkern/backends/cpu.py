@@ -29,7 +29,7 @@ class CpuTiles(TorchTiles):
         c: Tensor,  # (N, L, K)
         g: Tensor,  # (N, P, K)
         scale: Tensor,  # 0-d
-        grad_c: Tensor | None,  # (N, L, K) in the plan's summed_dtype, or the score dtype
+        grad_c: Tensor | None,  # (N, L, K) in the plan's summed_dtype
         grad_h: Tensor | None,  # (N, P, K)
     ) -> None:
         super().__init__(plan, c, g, scale, grad_c, grad_h)
