@@ -18,20 +18,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import dimkern
+from dimkern import ops
 from dimkern.config import memory_budget
 from dimkern.estimators import REGISTRY
 from dimkern.gpu import Chip, chip_of
-from dimkern.gpu_plan import mma_rate
-from dimkern.plan import choose_backend, describe, plan_for, why_not
+from dimkern.gpu_plan import choices, mma_rate
+from dimkern.plan import Plan, Problem, choose_backend, describe, plan_for, why_not
 from dimkern.validate import as_locals, as_summaries
 
 from .cases import Case
@@ -43,7 +46,7 @@ SMALL = (Case(6, 11, 40, P=2), Case(7, 9, 64, layout="NKL"))
 EVEN = (Case(128, 64, 256), Case(64, 49, 192, P=25))
 TIMED = (
     Case(64, 64, 1024), Case(128, 64, 512), Case(512, 64, 1024), Case(512, 64, 64), Case(2048, 64, 128),
-    Case(4096, 64, 1024), Case(8192, 1, 512),
+    Case(4096, 64, 64), Case(4096, 64, 1024), Case(8192, 1, 512),
 )  # fmt: skip
 TOY = (Case(4, 4, 16),)
 
@@ -75,23 +78,50 @@ def backends(device: torch.device) -> list[str]:
     return [name for name in dimkern.BACKENDS if name != "reference" and why_not(name, device) is None]
 
 
+@lru_cache
+def other_plan(problem: Problem, budget: int, backend: str) -> Plan:
+    """The fastest plan with weights in registers where the chosen one stores them, or the other way round."""
+    chosen = plan_for(problem, budget, backend)
+    if chosen.gpu is None:
+        return chosen
+    stores = chosen.gpu.flash is None
+    others = (x for x in choices(problem, chosen.gpu.chip, budget) if (x[-1].flash is None) != stores)
+    found = min(others, key=lambda choice: choice[:2], default=None)
+    if found is None:
+        return chosen
+    _, scratch, order, row_images, col_images, gpu = found
+    return replace(chosen, order=order, row_images=row_images, col_images=col_images, scratch=scratch, gpu=gpu)
+
+
+def ways(device: torch.device) -> dict[str, tuple[str, Callable[..., Plan]]]:
+    """name: (backend, what plans for it). Triton's kernels for small K and for any are both run, whatever is chosen."""
+    found = {name: (name, plan_for) for name in backends(device)}
+    return found | ({"triton-other": ("triton", other_plan)} if "triton" in found else {})
+
+
+def run(estimator: str, l: Tensor, m: Tensor, way: tuple[str, Callable[..., Plan]]) -> tuple[Tensor, ...]:
+    backend, planned = way
+    with mock.patch.object(ops, "plan_for", planned):
+        return differentiated(partial(loss_of, estimator, backend=backend), l, m)
+
+
 def correctness(device: torch.device, cases: tuple[Case, ...], estimators: list[str]) -> list[dict[str, object]]:
     """Loss and gradients of every estimator, backend and dtype against the naive pair tensor in float64."""
     found = []
     for case in cases:
-        for name, dtype in DTYPES.items():
+        for kind, dtype in DTYPES.items():
             l, m = inputs(case, dtype, device)
             for estimator in estimators:
                 true = differentiated(partial(loss_of, estimator, backend="reference"), l.double(), m.double())
-                for backend in backends(device):
+                for name, way in ways(device).items():
                     try:
-                        got = differentiated(partial(loss_of, estimator, backend=backend), l, m)
+                        got = run(estimator, l, m, way)
                         errors = [error(x, y) for x, y in zip(got, true, strict=True)]
                         # not max(errors): it overlooks NaN
                         ok, reason = all(x <= LIMITS[dtype] for x in errors), ""
                     except (RuntimeError, ValueError) as problem:
                         errors, ok, reason = [], "cannot" in str(problem), str(problem)
-                    found.append({"case": case.name, "dtype": name, "estimator": estimator, "backend": backend,
+                    found.append({"case": case.name, "dtype": kind, "estimator": estimator, "backend": name,
                                   "errors": errors, "ok": ok, "reason": reason})  # fmt: skip
     return found
 
@@ -149,17 +179,19 @@ def peers(case: Case) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return found
 
 
-def calls_for(estimator: str, case: Case, l: Tensor, m: Tensor, wrong: set[str]) -> dict[str, Callable[[], object]]:
+def calls_for(
+    estimator: str, case: Case, l: Tensor, m: Tensor, p: Problem, wrong: set[str]
+) -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {}
     for contender in contenders():
         wanted = contender.name in ("floor", "eager", "compile", "linear-ce")
         if wanted and contender.reason(estimator, case, l.dtype) is None and contender.scratch(case) < 16e9:
             calls[contender.name] = contender.steps(estimator, l, m).both
-    for backend in backends(l.device):
-        if backend not in wrong:
-            calls[f"dimkern-{backend}"] = lambda b=backend: differentiated(
-                lambda l, m: loss_of(estimator, l, m, b), l, m
-            )
+    terms = memory_budget(l.device), "triton"
+    for name, way in ways(l.device).items():
+        there_is_one = name != "triton-other" or way[1](p, *terms) != plan_for(p, *terms)
+        if name not in wrong and there_is_one:
+            calls[f"dimkern-{name}"] = partial(run, estimator, l, m, way)
     for name, loss in peers(case).items():
         calls[name] = partial(differentiated, loss, l, m)
     return calls
@@ -183,7 +215,8 @@ def measure(
     estimator: str, case: Case, device: torch.device, rounds: int, wrong: set[str]
 ) -> tuple[list[dict[str, object]], str]:
     l, m = inputs(case, torch.bfloat16, device)
-    calls = calls_for(estimator, case, l, m, wrong)
+    p = describe(estimator, as_locals(l), as_summaries(m), clip=None, grad_locals=True, grad_summaries=True)
+    calls = calls_for(estimator, case, l, m, p, wrong)
     rows: list[dict[str, object]] = []
     chip = chip_of(device)
     for name in list(calls):
@@ -206,16 +239,18 @@ def measure(
         for row in rows:
             if "samples" in row:
                 row["samples"].append(timed(calls[str(row["contender"])], device))
-    p = describe(estimator, as_locals(l), as_summaries(m), clip=None, grad_locals=True, grad_summaries=True)
     flops = 6 * case.pairs * case.K
     for row in rows:
         if "samples" in row:
             row["seconds"] = median(row.pop("samples"))
             if isinstance(chip, Chip):
                 row["utilisation"] = flops / row["seconds"] / (2 * mma_rate(p, chip))
-            if row["contender"] == "dimkern-triton":
-                plan = plan_for(p, memory_budget(device), "triton")
-                row["predicted_seconds"] = plan.gpu.seconds if plan.gpu else None
+            way = ways(device).get(str(row["contender"]).removeprefix("dimkern-"))
+            if way is not None and way[0] == "triton":
+                plan = way[1](p, memory_budget(device), "triton")
+                assert plan.gpu is not None
+                row["predicted_seconds"] = plan.gpu.seconds
+                row["weights"] = "stored" if plan.gpu.flash is None else "in registers"
     return rows, choose_backend("auto", device)
 
 
@@ -271,6 +306,7 @@ def table(title: str, rows: list[dict[str, object]]) -> str:
             continue
         seconds, used = float(r["seconds"]), r.get("utilisation")
         predicted = f", predicted {float(r['predicted_seconds']) * 1e3:.3g} ms" if r.get("predicted_seconds") else ""
+        predicted += f", weights {r['weights']}" if "weights" in r else ""
         share = f", {float(used):.0%} of peak" if used is not None else ""
         lines.append(
             f"  {r['contender']!s:20} {seconds * 1e3:9.3f} ms  {seconds / floor:6.2f} x floor, "

@@ -12,7 +12,7 @@ from . import distributed, grouped, pair_ops
 from .config import memory_budget
 from .critics import PairMLPCritic, check_critic
 from .estimators import REGISTRY
-from .gpu_plan import GpuChoice, weight_dtype
+from .gpu_plan import GpuChoice
 from .native import instruction_sets
 from .plan import (
     BACKENDS,
@@ -119,6 +119,8 @@ def _plan_lines(plan: Plan) -> list[str]:
         "rows outside": "a row block's weights are kept until the row sum is known",
         "columns outside": "weights are known when a tile is scored, or a first sweep finds the row sums",
     }[plan.order]
+    if plan.gpu is not None and plan.gpu.flash is not None:
+        why = "each gradient scores the pairs again, and its weights stay in registers"
     native = plan.backend == "cpu"
     copied = "panel by panel, in the cache" if native and p.strided else "block by block"
     in_place = p.in_place if plan.gpu else not (p.staged_panels if native else p.staged)
@@ -145,10 +147,11 @@ def _plan_lines(plan: Plan) -> list[str]:
 
 
 def _gpu_lines(plan: Plan, gpu: GpuChoice) -> list[str]:
-    p, tile, weights = plan.problem, gpu.tile, weight_dtype(plan.problem, plan.order == "rows outside")
+    tile, operands, weights = gpu.flash or gpu.tile, _short(plan.problem.operand_dtype), _short(plan.weight_dtype)
+    shape = f"{tile.BM} rows x {tile.BN} columns" if gpu.flash is None else f"{tile.BM} x {tile.BN} pairs, either way"
     return [
-        f"GPU: {gpu.chip.name} with {gpu.chip.multiprocessors} multiprocessors; tiles of {tile.BM} rows x {tile.BN} "
-        f"columns, {tile.BK} channels at a time; {_short(p.operand_dtype)} operands, {_short(weights)} weights",
+        f"GPU: {gpu.chip.name} with {gpu.chip.multiprocessors} multiprocessors; tiles of {shape}, "
+        f"{tile.BK} channels at a time; {operands} operands, {weights} weights",
         f"predicted by a model, not measured: {gpu.seconds * 1e3:.3g} ms, {gpu.seconds / gpu.floor:.3g} times the "
         "products alone",
     ]

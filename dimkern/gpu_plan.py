@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ _MMA = {
 _LANES = 128  # instructions of one lane that a multiprocessor issues a clock
 # Instructions an element, counted in the compiled kernels: those of the functions, and scale, sum, rounding and store.
 _MAP_INSTRUCTIONS = 5
+_MASK_INSTRUCTIONS = 3  # where every tile is masked
 _INSTRUCTIONS = {"exp": 3, "softplus": 15, "sigmoid": 5}  # sigmoid shares softplus' exponential and logarithm
 # Bytes of operand tiles from L2, a clock and multiprocessor: what a 128x256 half-precision tile of a Hopper needs to
 # keep its tensor cores busy, which well-tuned products of that size are known to come near to.
@@ -63,6 +64,14 @@ _HALF = (Tile(128, 128, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 4))
 _TF32 = (Tile(128, 128, 32, 8, 3, 1), Tile(64, 64, 32, 4, 3, 2))
 _IEEE = (Tile(64, 64, 32, 4, 3, 2),)  # without tensor cores a larger one spills on a Hopper
 
+# Of the kernels that keep weights in registers, by the K that fits: items whose gradients a program makes, others that
+# it takes at a time.
+_FLASH = {64: Tile(64, 64, 64, 4, 3, 2), 128: Tile(128, 64, 128, 8, 2, 1)}
+_FLASH_TMA = {64: Tile(64, 128, 64, 4, 3, 2), 128: Tile(64, 128, 128, 4, 2, 2)}
+# for the wider K, beside a soft clip, which would spill, or features in two dtypes, which leave room for one program
+_FLASH_TMA_NARROW = Tile(64, 64, 128, 4, 2, 2)
+FLASH_WEIGHT = torch.bfloat16  # what they round weights to
+
 
 @dataclass(frozen=True)
 class GpuChoice:
@@ -73,6 +82,7 @@ class GpuChoice:
     seconds: float  # predicted for loss and gradients
     floor: float  # predicted for the three (or fewer) products alone
     few_launches: bool = False  # they are what costs: one product more over the pairs, a third of the launches
+    flash: Tile | None = None  # of the kernels that keep weights in registers, where they are what serves
 
 
 def tiles_for(chip: Chip, dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -81,6 +91,25 @@ def tiles_for(chip: Chip, dtype: torch.dtype) -> tuple[Tile, ...]:
     table: tuple[Tile, ...] = single if dtype.itemsize == 4 else _HALF_TMA if chip.has_tma else _HALF
     fitting = tuple(tile for tile in table if tile.shared_memory(dtype.itemsize) + 2048 <= chip.shared_memory)
     return fitting or table[-1:]
+
+
+def flash_tile(chip: Chip, p: Problem) -> Tile | None:
+    """The tile in which weights stay in registers; None where none fits, or none was looked for (docs/gpu.md)."""
+    if chip.maker != "cuda" or not 80 <= chip.arch < 100 or p.operand_dtype.itemsize != 2 or p.K > 128:
+        return None
+    wide = 64 if p.K <= 64 else 128
+    if not chip.has_tma:
+        return _FLASH[wide]
+    narrow = wide == 128 and (p.clip is not None or p.operand_dtype != FLASH_WEIGHT)
+    return _FLASH_TMA_NARROW if narrow else _FLASH_TMA[wide]
+
+
+def splits(chip: Chip, tile: Tile, outer: int, inner: int) -> tuple[int, int]:
+    """Into how many parts the inner items are cut so that the chip is busy, and how many of them a part has."""
+    steps = -(-inner // tile.BN)
+    wanted = max(1, chip.multiprocessors * tile.programs // -(-outer // tile.BM))
+    each = -(-steps // min(wanted, steps))
+    return -(-steps // each), each * tile.BN
 
 
 def uses_tma(chip: Chip, dtype: torch.dtype) -> bool:
@@ -92,7 +121,7 @@ def weight_dtype(p: Problem, kept: bool) -> torch.dtype:
     """What weights are stored in: the operands' dtype, but bfloat16 for weights that float16 has not the range for.
 
     It has for those of a mean loss that are bounded, and made (not `kept`) with their alpha in them: the largest there
-    can be is known.
+    can be is known. Those in registers are bfloat16.
     """
     narrow = p.operand_dtype == torch.float16
     return torch.bfloat16 if narrow and (kept or p.weights_known or not p.row.bounded) else p.operand_dtype
@@ -119,36 +148,68 @@ def scratch_bytes(p: Problem, row_images: int, col_images: int, kept: bool) -> i
     return weights + partial + staged + products + summaries + statistics
 
 
+def flash_scratch_bytes(p: Problem, chip: Chip, tile: Tile, col_images: int) -> int:
+    """The same where weights stay in registers: gradients in parts, features that have to be copied."""
+    cols, item = col_images * p.L, FLASH_WEIGHT.itemsize
+    copies = (not p.in_place) + (p.operand_dtype != FLASH_WEIGHT)
+    features = (copies * cols + (copies + 2) * p.rows) * _padded(p.K) * item
+    by_rows, by_cols = splits(chip, tile, p.rows, cols)[0], splits(chip, tile, cols, p.rows)[0]
+    products = p.grad_summaries * (by_rows + 1) * p.rows * p.K * 4
+    products += p.grad_locals * (by_cols > 1) * by_cols * cols * p.K * 4
+    measured = p.weights_known or not p.grad_summaries
+    partial = p.rows * (-(-cols // 64) if measured else 2 * by_rows) * 4 * 2
+    statistics = p.rows * p.L * (4 * 4 + 3 * 8) + p.rows * 16 * 8
+    return features + products + partial + statistics
+
+
 def predict(
-    p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int, kept: bool, few_launches: bool = False
-) -> tuple[float, float]:
+    p: Problem, chip: Chip, tile: Tile, row_images: int, col_images: int, kept: bool, few_launches: bool = False,
+    flash: Tile | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """Seconds for loss and gradients, and those of the chip's own work: all there is where the host is quick enough."""
     rows, cols = row_images * p.P, col_images * p.L
     row_blocks, col_blocks = -(-p.N // row_images), -(-p.held // col_images)
     blocks = row_blocks * col_blocks
-    item, weight = p.operand_dtype.itemsize, weight_dtype(p, kept).itemsize
+    item, stored = p.operand_dtype.itemsize, weight_dtype(p, kept or flash is not None)
+    weight = stored.itemsize
     mma = mma_rate(p, chip)
     locals_, summaries, pairs = cols * p.K, rows * p.K, rows * cols
-
-    loads = (1 / tile.BM + 1 / tile.BN) * item / (_L2_BYTES * chip.multiprocessors * chip.clock)
+    instruction = pairs / (_LANES * chip.multiprocessors * chip.clock)  # seconds of one for every pair
+    masked = flash is not None and not chip.has_tma
+    mapped = (map_instructions(p) + masked * _MASK_INSTRUCTIONS) * instruction
 
     def kernel(busy: float, moved: float) -> float:
         return max(busy, moved / chip.bandwidth)
 
-    score = pairs * p.K * max(1 / mma, loads) / _filled(chip, tile, rows, cols)
-    mapped = pairs * map_instructions(p) / (_LANES * chip.multiprocessors * chip.clock)
-    # of several programs one multiplies while another maps
-    score = max(score, mapped) + min(score, mapped) / tile.programs
-    read = (locals_ + summaries) * item
-    block, launches = kernel(score, read + pairs * weight * p.needs_grad), 6
-    product, operands = pairs * p.K / mma, (pairs + locals_ + summaries) * weight
-    if p.needs_grad and (few_launches or not (kept or p.row.family == "pointwise" or p.weights_known)):
-        block, launches = block + kernel(score, read), launches + 6
-    if p.grad_summaries:
-        block += kernel(product, operands + summaries * (4 if col_blocks == 1 else 12))
-    if p.grad_locals:
-        block += kernel(product, operands + locals_ * (4 if row_blocks == 1 else 8))
-    launches = 8 if few_launches else 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
+    def tiles(products: float, loads: float, tile: Tile, outer: int, inner: int) -> float:
+        """Seconds of a kernel of ours, of `products` multiply-adds and operand tiles of `loads` bytes a pair."""
+        loads /= _L2_BYTES * chip.multiprocessors * chip.clock
+        multiplied = pairs * max(products / mma, loads) / _filled(chip, tile, outer, inner)
+        # of several programs one multiplies while another maps
+        return max(multiplied, mapped) + min(multiplied, mapped) / tile.programs
+
+    def gradient(tile: Tile, outer: int, inner: int) -> float:
+        """Seconds of a kernel that scores, maps and accumulates."""
+        parts, span = splits(chip, tile, outer, inner)
+        loads = p.K * item * (1 + (p.operand_dtype != FLASH_WEIGHT)) / tile.BM
+        busy = tiles(2 * tile.BK, loads, replace(tile, BN=span), outer, inner)
+        return kernel(busy, read + outer * p.K * 4 * (1 if parts == 1 else 2 * parts + 1))
+
+    score, read = tiles(p.K, p.K * item * (1 / tile.BM + 1 / tile.BN), tile, rows, cols), (locals_ + summaries) * item
+    if flash is not None:
+        block, launches = kernel(score, read) * (not p.grad_summaries), 20 + blocks * 12
+        block += p.grad_summaries * gradient(flash, rows, cols)
+        block += p.grad_locals * gradient(flash, cols, rows)
+    else:
+        block, launches = kernel(score, read + pairs * weight * p.needs_grad), 6
+        product, operands = pairs * p.K / mma, (pairs + locals_ + summaries) * weight
+        if p.needs_grad and (few_launches or not (kept or p.row.family == "pointwise" or p.weights_known)):
+            block, launches = block + kernel(score, read), launches + 6
+        if p.grad_summaries:
+            block += kernel(product, operands + summaries * (4 if col_blocks == 1 else 12))
+        if p.grad_locals:
+            block += kernel(product, operands + locals_ * (4 if row_blocks == 1 else 8))
+        launches = 8 if few_launches else 20 + blocks * (launches + 3 * (p.grad_summaries + p.grad_locals))
 
     features = p.held * p.L * p.K
     seconds = blocks * block + features * item / chip.bandwidth  # and once for the own-image pairs
@@ -158,7 +219,7 @@ def predict(
     # backward reads the float32 gradients and writes them in the inputs' dtype
     outputs = p.grad_locals * features + p.grad_summaries * p.rows * p.K
     seconds += outputs * (4 + p.dtype.itemsize) / chip.bandwidth
-    if weight_dtype(p, kept) == torch.float16:  # the scale comes into a gradient that is made
+    if stored == torch.float16:  # the scale comes into a gradient that is made
         seconds += p.grad_locals * features * 8 / chip.bandwidth
     seconds += launches * _DEVICE_LAUNCH
     return max(seconds, launches * _HOST_LAUNCH), seconds
@@ -173,6 +234,18 @@ def floor(p: Problem, chip: Chip) -> float:
 def choices(p: Problem, chip: Chip, budget: int) -> Iterator[tuple[tuple[float, float], int, str, int, int, GpuChoice]]:
     """(predicted seconds, scratch, order, row images, column images, choice) of all blocks that fit."""
     least = floor(p, chip)
+    flash = flash_tile(chip, p) if p.needs_grad else None
+    if flash is not None:
+        # a log-sum-exp row's sum is found with its gradient: what is kept until then are numbers of its own size
+        kept = p.row.family != "pointwise" and not p.weights_known
+        for col_images in _sizes(p.held):
+            scratch = flash_scratch_bytes(p, chip, flash, col_images)
+            if scratch > budget or max(p.rows, col_images * p.L) >= 2**30:
+                continue
+            for tile in tiles_for(chip, p.operand_dtype):
+                seconds = predict(p, chip, tile, p.N, col_images, kept, flash=flash)
+                choice = GpuChoice(chip, tile, seconds[0], least, flash=flash)
+                yield seconds, scratch, "rows outside" if kept else "columns outside", p.N, col_images, choice
     scratch = scratch_bytes(p, p.N, p.N, False)
     alone = p.shard is None and p.row.family != "global_lse"  # a row is closed by one program, which sees all of it
     if alone and p.needs_grad and not p.weights_known and scratch <= budget:

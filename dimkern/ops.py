@@ -64,10 +64,11 @@ def _gradients(
     )
 
 
-def _triton_tiles() -> type[streaming.Tiles]:
-    from .backends.triton.tiles import TritonTiles  # which imports Triton: only where there is a chip for it
+def _triton_tiles() -> Callable[..., streaming.Tiles]:
+    from .backends.triton.flash_tiles import FlashTiles  # which imports Triton: only where there is a chip for it
+    from .backends.triton.tiles import TritonTiles
 
-    return TritonTiles
+    return lambda plan, *tensors: (FlashTiles if plan.gpu.flash else TritonTiles)(plan, *tensors)
 
 
 _TILES: dict[str, Callable[[], Callable[..., streaming.Tiles]]] = {

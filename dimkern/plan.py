@@ -200,10 +200,18 @@ class Plan:
         return self.problem.locals_gradient_dtype if rounds else self.problem.score_dtype
 
     @property
+    def weight_dtype(self) -> torch.dtype:
+        """What a GPU rounds weights to."""
+        in_registers = self.gpu is not None and self.gpu.flash is not None
+        return gpu_plan.weight_dtype(self.problem, self.order == "rows outside" or in_registers)
+
+    @property
     def gemms(self) -> int:
         """Matrix products over all pairs."""
         p = self.problem
         gradients = p.grad_locals + p.grad_summaries
+        if self.gpu is not None and self.gpu.flash is not None:  # the summaries' kernel makes the sums too
+            return 2 * gradients + (not p.grad_summaries)
         if p.critic == "pair_mlp":  # the gradient by the first hidden layer serves both inputs
             gradients = p.grad_critic + (p.grad_locals or p.grad_summaries)
         again = self.order == "columns outside" and p.row.family != "pointwise" and p.needs_grad and not p.weights_known

@@ -78,6 +78,35 @@ def test_small_problems_take_few_launches(estimator, N):
         assert not plan_on_chip(p, tight, gpu_plan.H100).gpu.few_launches
 
 
+def test_weights_stay_in_registers_where_that_pays():
+    """At small K a pair's weight costs more bytes than its score costs products; and there is no scratch of pairs."""
+    for estimator, K, less in (("infonce", 128, 0.75), ("dv", 64, 0.55), ("jsd", 64, 0.95)):
+        p = problem(estimator, N=2048, K=K)
+        plan = plan_on_chip(p, 20 * 10**9, gpu_plan.H100)
+        stored = min(x[0][0] for x in gpu_plan.choices(p, gpu_plan.H100, plan.budget) if x[-1].flash is None)
+        assert plan.gpu.flash == gpu_plan.flash_tile(gpu_plan.H100, p)
+        assert plan.gpu.seconds < less * stored
+        assert plan.scratch < 20 * 10**6
+        assert plan.gemms == 4
+    locals_alone = plan_on_chip(problem(N=2048, K=64, grad_summaries=False), 10**9, gpu_plan.H100)
+    assert (locals_alone.gemms, locals_alone.gpu.flash is None) == (3, False)
+    assert plan_on_chip(problem(K=144), 10**10, gpu_plan.H100).gpu.flash is None
+    assert plan_on_chip(problem(K=64, dtype=F32), 10**10, gpu_plan.H100).gpu.flash is None
+    at_128 = problem(N=2048, K=128)  # an A100 has half the tensor cores for its memory: there room decides
+    assert [plan_on_chip(at_128, n * 10**8, gpu_plan.A100).gpu.flash is None for n in (10, 1)] == [True, False]
+
+
+def test_parts_cover_the_inner_items():
+    for chip in (gpu_plan.H100, gpu_plan.A100):
+        tile = gpu_plan.flash_tile(chip, problem(K=128))
+        for outer in (1, 64, 1000, 131072):
+            for inner in (1, 63, 129, 5000, 131072):
+                parts, span = gpu_plan.splits(chip, tile, outer, inner)
+                assert span % tile.BN == 0
+                assert (parts - 1) * span < inner <= parts * span
+                assert parts == 1 or parts * -(-outer // tile.BM) <= chip.multiprocessors * tile.programs
+
+
 def test_the_model_counts_what_is_not_needed():
     whole = plan_on_chip(problem(), 3 * 10**9, gpu_plan.H100).gpu
     for changes, gemms in (({"grad_locals": False}, 2), ({"grad_locals": False, "grad_summaries": False}, 1)):

@@ -14,21 +14,22 @@ from oracle import BF16, F16, F32, Case, Run, assert_within_budget, upstream_of,
 from simulator import simulated
 
 import dimkern
-from dimkern import grouped
-from dimkern.gpu_plan import weight_dtype
+from dimkern import gpu_plan, grouped
 
 ARCHITECTURES = {2: 90, 3: 80}  # by the number of processes
 RAGGED = Case(P=3, L=11, K=40, scale=0.3, l_dtype=BF16, m_dtype=BF16)
 ROWS, COLUMNS = "rows outside", "columns outside"
 
 
-def check(estimator, case, counts, backend="auto", **blocks):
+def check(estimator, case, counts, backend="auto", flash=False, **blocks):
     """Loss and gradients by l, m and scale are those of all images, by float64's pair tensor."""
     case, world = varied(case, N=sum(counts)), len(counts)
     plans, choose = [], grouped.plan_for
 
     def forced(*arguments):
-        plans.append(dataclasses.replace(choose(*arguments), **blocks))
+        plan = choose(*arguments)
+        tile = gpu_plan.flash_tile(plan.gpu.chip, plan.problem) if flash else None
+        plans.append(dataclasses.replace(plan, gpu=dataclasses.replace(plan.gpu, flash=tile), **blocks))
         return plans[-1]
 
     with simulated(ARCHITECTURES[world]) as gpu, mock.patch.object(grouped, "plan_for", forced):
@@ -40,8 +41,7 @@ def check(estimator, case, counts, backend="auto", **blocks):
     dist.all_gather_object(everyone, [(x.double() / world).to(x.dtype) for x in grads])
     of_l, of_m, of_scale = zip(*everyone, strict=True)
     whole = {"l": torch.cat(of_l), "m": torch.cat(of_m), "s": torch.stack(of_scale).sum(0)}
-    weights = weight_dtype(plans[0].problem, plans[0].order == ROWS)
-    assert_within_budget(estimator, case, Run(loss.detach(), whole, triton_losses.ROUNDING[weights]))
+    assert_within_budget(estimator, case, Run(loss.detach(), whole, triton_losses.ROUNDING[plans[0].weight_dtype]))
 
 
 def case_each_family_in_every_order():
@@ -53,6 +53,14 @@ def case_each_family_in_every_order():
             check(estimator, RAGGED, equal(3), order=ROWS, row_images=2, col_images=2)
             check(estimator, RAGGED, unequal(), order=ROWS, row_images=sum(unequal()), col_images=1)
     check("infonce", varied(RAGGED, clip=1.5, self_mask="exclude"), unequal(), order=COLUMNS, row_images=2)
+
+
+def case_weights_in_registers():
+    """All rows at once, of a process's columns a block at a time."""
+    for estimator in ("infonce", "dv", "jsd"):
+        whole = {"order": COLUMNS if estimator == "jsd" else ROWS, "row_images": sum(unequal())}
+        check(estimator, RAGGED, unequal(), flash=True, **whole)
+        check(estimator, varied(RAGGED, clip=1.5), unequal(), flash=True, col_images=1, **whole)
 
 
 def case_dtypes_and_layouts():

@@ -17,12 +17,13 @@ def test_it_runs(tmp_path, capsys):
         assert gpu_check.main(["--device", "cpu", "--toy", "--json", str(tmp_path / "check.json")]) == 0
     result = json.loads((tmp_path / "check.json").read_text())
     served = {check["backend"] for check in result["correctness"]}
-    assert {"triton", "streaming"} <= served
+    assert {"triton", "triton-other", "streaming"} <= served
     assert all(check["ok"] and check["errors"] for check in result["correctness"])
     (times,) = result["times"]
     rows = {row["contender"]: row for row in times["rows"]}
     assert rows["dimkern-triton"]["seconds"] > 0
     assert rows["dimkern-triton"]["predicted_seconds"] > 0
+    assert [rows[f"dimkern-{name}"]["weights"] for name in ("triton", "triton-other")] == ["stored", "in registers"]
     assert rows["floor"]["seconds"] > 0
     assert "x floor" in capsys.readouterr().out
 

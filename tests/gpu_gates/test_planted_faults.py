@@ -11,9 +11,13 @@ pytest.importorskip("triton", reason="needs Triton (its compiler runs without a 
 import cuda_problem
 import reference_kernels
 import torch
+from oracle import BF16, Case
 from problem import Problem, run_row_sums
 from simulator import Hazard, OutOfBounds, Race, SimulationError, find_nvcc, simulated
 from simulator.errors import Deadlock
+from triton_losses import check, force
+
+from dimkern.backends.triton import flash_kernel, flash_tiles
 
 RAGGED = Problem(70, 5, 208)  # ragged in rows, columns and channels: a missing mask shows only there
 
@@ -177,6 +181,74 @@ def test_wrong_sizes(wrong):
             problem.g, problem.c, sums, None, 70, columns, stride, 5,
             BR=64, BC=64, BK=64, PRECISION="tf32", EMIT=False, num_warps=4,
         )  # fmt: skip
+
+
+FLASH = Case(N=8, P=19, L=31, K=40, scale=0.3, l_dtype=BF16, m_dtype=BF16)  # two parts of the inner items, both ways
+FLASH_ARGUMENTS = {"y_stride": 11, "out_stride": 13, "B": 18, "shift": 19, "span": 21}
+
+
+def argument(name: str, change):
+    """A launch with one argument changed."""
+    at = FLASH_ARGUMENTS[name]
+    return lambda grid, given: (grid, (*given[:at], change(given[at]), *given[at + 1 :]))
+
+
+def of_gradient(mutate):
+    """A fault in the PTX of the kernels that keep weights in registers, none in others'."""
+    return lambda ptx: mutate(ptx) if re.search(r"\.entry gradient\b", ptx) else ptx
+
+
+FLASH_CAUGHT = {
+    # architecture, the launch, the PTX, what it is caught by: beyond the end of one part lies the next
+    "own images are negatives": (80, argument("B", lambda B: 0), None, "wrong"),
+    "own images are the next ones": (90, argument("shift", lambda shift: shift + 1), None, "wrong"),
+    "stride of the inner items": (80, argument("y_stride", lambda stride: stride + 16), None, OutOfBounds),
+    "stride of the gradient": (80, argument("out_stride", lambda stride: stride + 1), None, OutOfBounds),
+    "parts that leave some out": (90, argument("span", lambda span: span - 64), None, "wrong"),
+    "parts that are not made": (90, lambda grid, given: ((grid[0], 1), given), None, "wrong"),
+    "mask of a store removed": (80, None, of_gradient(replace(r"@%p\d+ st\.global", "st.global")), Race),
+    "every barrier": (80, None, of_gradient(replace(BARRIER, "")), Race),
+    "wgmma wait weakened": (
+        90,
+        None,
+        of_gradient(replace(r"wait_group\.sync\.aligned 0;", "wait_group.sync.aligned 1;")),
+        Hazard,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FLASH_CAUGHT)
+def test_is_caught_where_weights_stay_in_registers(fault, monkeypatch):
+    arch, launch, mutate, by = FLASH_CAUGHT[fault]
+    force(monkeypatch, FLASH, flash=True)
+    if launch is not None:
+
+        class Changed:
+            def __getitem__(self, grid):
+                def run(*given, **options):
+                    changed, arguments = launch(grid, given)
+                    flash_kernel.gradient[changed](*arguments, **options)
+
+                return run
+
+        monkeypatch.setattr(flash_tiles, "gradient", Changed())
+    try:
+        with simulated(arch, mutate=mutate):
+            check("infonce", FLASH)
+        found = "right"
+    except AssertionError:
+        found = "wrong"
+    except SimulationError as error:
+        found = type(error).__name__
+    assert found in ({by} if isinstance(by, str) else {c.__name__ for c in (by, *by.__subclasses__())})
+
+
+def test_nothing_is_planted_where_weights_stay_in_registers(monkeypatch):
+    force(monkeypatch, FLASH, flash=True)
+    for arch in (80, 90):
+        with simulated(arch) as gpu:
+            check("infonce", FLASH)
+        assert {launch.grid[1] for launch in gpu.launches if launch.kernel.metadata.name == "gradient"} == {2}
 
 
 CUDA_CAUGHT = {

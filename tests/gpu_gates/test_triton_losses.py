@@ -13,6 +13,7 @@ from triton_losses import PLANS, check, force, run
 import dimkern
 from dimkern import gpu_plan, ops
 from dimkern.estimators import REGISTRY
+from dimkern.gpu import chip_of
 
 RAGGED = Case(N=7, P=3, L=11, K=40, scale=0.3, l_dtype=BF16, m_dtype=BF16)
 ONE_OF_EACH_FAMILY = list({row.family: name for name, row in REGISTRY.items()}.values())
@@ -24,11 +25,15 @@ def gpu(request):
         yield gpu
 
 
+@pytest.mark.parametrize("flash", [False, True], ids=["stored", "flash"])
 @pytest.mark.parametrize("estimator", REGISTRY)
-def test_every_estimator(gpu, estimator):
+def test_every_estimator(gpu, estimator, flash, monkeypatch):
     """Every reduction, with and without the soft clip; a new row of the registry is picked up here."""
-    for reduction in reductions(estimator):
-        check(estimator, varied(RAGGED, reduction=reduction, clip=1.5 if reduction == "none" else None))
+    for reduction in ("mean",) if flash and estimator not in ONE_OF_EACH_FAMILY else reductions(estimator):
+        case = varied(RAGGED, reduction=reduction, clip=1.5 if reduction == "none" else None)
+        force(monkeypatch, case, few_launches=not flash and reduction != "none" and estimator != "dv", flash=flash)
+        check(estimator, case)
+        monkeypatch.undo()
     assert gpu.launches
     assert all(launch.kernel.metadata.target.arch == gpu.arch for launch in gpu.launches)
 
@@ -47,7 +52,9 @@ def test_every_order(gpu, estimator, plan, monkeypatch):
     for case in (varied(RAGGED, clip=2.0, self_mask="exclude"), even):
         ran = force(monkeypatch, case, **PLANS[plan])
         check(estimator, case)
-        assert [plan.order for plan in ran] == [PLANS[plan]["order"]]
+        (ran,) = ran
+        assert ran.order == PLANS[plan].get("order", ran.order)
+        assert (ran.gpu.flash is not None) == ("flash" in plan)
         monkeypatch.undo()
 
 
@@ -56,7 +63,8 @@ def test_every_order(gpu, estimator, plan, monkeypatch):
 def test_every_dtype(gpu, estimator, l_dtype, m_dtype, monkeypatch):
     """float32 to float32's own budget; halves that differ are scored in float32."""
     case = varied(RAGGED, l_dtype=l_dtype, m_dtype=m_dtype)
-    for plan in ("few launches", "columns outside, blocked"):
+    halves = l_dtype == m_dtype and l_dtype.itemsize == 2
+    for plan in ("few launches", "columns outside, blocked", *(["flash"] if halves else [])):
         force(monkeypatch, case, **PLANS[plan])
         check(estimator, case)
         monkeypatch.undo()
@@ -71,7 +79,7 @@ def test_float16_weights_of_any_size(gpu, plan, monkeypatch):
                 case = varied(RAGGED, l_dtype=F16, m_dtype=F16, scale=scale)
                 ran = force(monkeypatch, case, **PLANS[plan])
                 check(estimator, case)
-                assert [gpu_plan.weight_dtype(plan.problem, False) for plan in ran] == [F16]
+                assert [plan.weight_dtype for plan in ran] == [F16]
                 monkeypatch.undo()
 
 
@@ -81,11 +89,12 @@ def test_float16_inputs_with_bfloat16_weights(gpu, monkeypatch):
         ("kl", "mean", "few launches"),
         ("infonce", "none", "columns outside, blocked"),
         ("infonce", "mean", "rows outside"),
+        ("jsd", "mean", "flash"),
     ):
         case = varied(RAGGED, l_dtype=F16, m_dtype=F16, reduction=reduction)
         ran = force(monkeypatch, case, **PLANS[plan])
         check(estimator, case)
-        assert {gpu_plan.weight_dtype(p.problem, p.order == "rows outside") for p in ran} == {BF16}
+        assert {plan.weight_dtype for plan in ran} == {BF16}
         monkeypatch.undo()
 
 
@@ -125,6 +134,48 @@ def test_every_shipped_tile(gpu, estimator, dtype, monkeypatch):
             monkeypatch.undo()
 
 
+FLASH = {80: gpu_plan._FLASH.values(), 90: (*gpu_plan._FLASH_TMA.values(), gpu_plan._FLASH_TMA_NARROW)}
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "jsd"])
+def test_every_flash_tile(gpu, estimator, monkeypatch):
+    """At sizes that fill whole tiles, and that do not, in several parts; references found on the way, and given."""
+    for tile in FLASH[gpu.arch]:
+        whole = max(tile.BM, tile.BN) // 2
+        for N, P, L, K, reduction in (
+            (4, whole, whole, tile.BK, "mean"),
+            (5, tile.BM // 5 + 1, 2 * tile.BN // 5 - 1, tile.BK - 24, "none"),
+        ):
+            case = Case(N=N, P=P, L=L, K=K, scale=0.2, l_dtype=BF16, m_dtype=BF16, reduction=reduction)
+            force(monkeypatch, case, flash=tile)
+            check(estimator, case)
+            monkeypatch.undo()
+    assert 2 in {launch.grid[1] for launch in gpu.launches if launch.kernel.metadata.name == "gradient"}
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "jsd"])
+def test_chosen_where_weights_have_no_room(gpu, estimator):
+    """Nothing forced but the budget: in blocks, stored weights would take more launches."""
+    case = Case(N=16, P=4, L=64, K=32, scale=0.3, l_dtype=BF16, m_dtype=BF16, l_layout="channels_last")
+    p, chip, (l, m, _) = case.problem(estimator), chip_of(torch.device("cpu")), case.tensors()
+    budget = gpu_plan.flash_scratch_bytes(p, chip, gpu_plan.flash_tile(chip, p), case.N)
+    with dimkern.config(memory_budget=budget):
+        text = dimkern.explain(l, m, loss=estimator)
+        assert "its weights stay in registers" in text
+        assert "work: 4 matrix products" in text
+        check(estimator, case)
+    assert sum(launch.kernel.metadata.name == "gradient" for launch in gpu.launches) == 2
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_references_found_on_the_way(gpu, scale, monkeypatch):
+    """The largest score so far serves whatever comes later: nothing has to be repaired."""
+    case = varied(RAGGED, N=9, L=40, scale=scale)
+    force(monkeypatch, case, flash=True)
+    check("infonce", case)
+    assert "close_rows" not in {launch.kernel.metadata.name for launch in gpu.launches}
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("scale", [1e4, -1e4, 0.3])
 def test_references_that_fail_are_repaired(gpu, scale, dtype, monkeypatch):
@@ -144,9 +195,13 @@ def test_every_layout(gpu, l_layout):
 
 
 @pytest.mark.parametrize("needs", ["l", "m", "s"])
-def test_only_the_gradient_that_is_needed(gpu, needs):
+@pytest.mark.parametrize("flash", [False, True], ids=["stored", "flash"])
+def test_only_the_gradient_that_is_needed(gpu, needs, flash, monkeypatch):
     for reduction in ("mean", "none"):
-        check("infonce", varied(RAGGED, needs=needs, reduction=reduction))
+        case = varied(RAGGED, needs=needs, reduction=reduction)
+        force(monkeypatch, case, few_launches=not flash and reduction == "mean", flash=flash)
+        check("infonce", case)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("estimator", ONE_OF_EACH_FAMILY)
@@ -157,12 +212,14 @@ def test_the_least_budget(gpu, estimator):
         check(estimator, case)
 
 
-def test_the_order_of_programs_does_not_matter():
+@pytest.mark.parametrize("plan", ["few launches", "flash"])
+def test_the_order_of_programs_does_not_matter(plan, monkeypatch):
     """No atomics: equal to the last bit however the chip schedules."""
-    runs = []
+    runs, case = [], varied(RAGGED, N=9, L=40)
+    force(monkeypatch, case, **PLANS[plan])
     for seed in (1, 2):
         with simulated(90, seed=seed):
-            runs.append(run("infonce", RAGGED))
+            runs.append(run("infonce", case))
     assert torch.equal(runs[0].loss, runs[1].loss)
     assert all(torch.equal(runs[0].grads[name], runs[1].grads[name]) for name in "lms")
 

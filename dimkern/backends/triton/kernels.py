@@ -282,15 +282,8 @@ def map_part(s, row, col, first, ref, gain, ragged, clip, own_ptr, e, e_stride, 
     """Map some columns of a tile: the row sums of psi, (BM,); with KEEP the weights go to e."""
     cols = col + tl.arange(0, s.shape[1])
     s = soft_clip(s, clip, CLIP)
-    if LSE and ragged:
-        s = tl.where(outside(cols, first, M, L), NO_SCORE, s)
-    psi = PSI(s, ref[:, None])
-    if not LSE and ragged:
-        psi = tl.where(outside(cols, first, M, L), 0.0, psi)
+    psi, phi = map_scores(s, ref[:, None], cols, first, ragged, clip, M, L, PSI, PHI, CLIP, False)
     if KEEP:
-        phi = tl.zeros(s.shape, tl.float32) + PHI(s, ref[:, None])
-        if CLIP:
-            phi *= slope(s, clip)
         if GAIN:
             phi *= gain[:, None]
         rows = row + tl.arange(0, s.shape[0])
@@ -311,6 +304,25 @@ def highest(s, col, first, ragged, clip, M, L, CLIP: tl.constexpr):
     if ragged:
         s = tl.where(outside(cols, first, M, L), NO_SCORE, s)
     return tl.max(s, 1)
+
+
+@triton.jit
+def map_scores(s, ref, cols, first, ragged, clip, M, L, PSI: tl.constexpr, PHI: tl.constexpr, CLIP: tl.constexpr,
+               BOTH: tl.constexpr):  # fmt: skip
+    """psi and phi of scores that are clipped already; of pairs that are no negatives psi, with BOTH also phi, is 0."""
+    psi = PSI(s, ref)
+    if ragged and not BOTH:
+        psi = tl.where(outside(cols, first, M, L), 0.0, psi)
+    phi = PHI(s, ref)
+    if len(phi.shape) == 0:
+        phi = s * 0.0 + phi  # a tile in the scores' layout: in one of its own it would go through shared memory
+    if CLIP:
+        phi *= slope(s, clip)
+    if ragged and BOTH:  # one branch for the two: a second one spilled
+        apart = outside(cols, first, M, L)
+        psi = tl.where(apart, 0.0, psi)
+        phi = tl.where(apart, 0.0, phi)
+    return psi, phi
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...estimators import Scores
-from ...gpu_plan import largest_weight, precision, uses_tma, weight_dtype
+from ...gpu_plan import largest_weight, precision, uses_tma
 from ...plan import Plan, is_aligned, within
 from ..torch import _both, multiply
 from . import estimators, kernels
@@ -41,7 +41,7 @@ class TritonTiles:
         self._plan, self._p, self._tile, self._tma = plan, p, plan.gpu.tile, uses_tma(plan.gpu.chip, p.operand_dtype)
         self._c, self._grad_c, self._grad_h = c, grad_c, grad_h
         self._operand = p.operand_dtype
-        self._weight = weight_dtype(p, plan.order == "rows outside")
+        self._weight = plan.weight_dtype
         self._narrow = self._weight == torch.float16
         self._unit = _TOP / largest_weight(p) if self._narrow else 1.0  # weights are stored times this
         self._scale = scale.to(torch.float32)
