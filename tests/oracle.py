@@ -6,16 +6,18 @@ error budget |ours - f64| <= |eager in the same dtype - f64| + small that they a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
 import dimkern
-from dimkern import ops
+from dimkern import ops, plan
 from dimkern.native import WHY_NOT_LOADED
 from dimkern.plan import Plan, Problem, describe, make_plan
 from dimkern.validate import as_locals, as_summaries
@@ -331,3 +333,13 @@ def watch_plans(monkeypatch, change=lambda plan: plan) -> list[Plan]:
     ran, choose = [], getattr(ops, name)
     monkeypatch.setattr(ops, name, lambda *arguments: ran.append(change(choose(*arguments))) or ran[-1])
     return ran
+
+
+@contextlib.contextmanager
+def gradients_of_a_gpu():
+    """Kernels for GPUs are given CPU tensors, on which gradients of bfloat16 features would be rounded early."""
+    with contextlib.ExitStack() as stack:
+        for module in (ops, plan):
+            unrounded = lambda device, *dtypes: plan.score_dtype_of(*dtypes)  # noqa: E731
+            stack.enter_context(mock.patch.object(module, "locals_gradient_dtype", unrounded))
+        yield

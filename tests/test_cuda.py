@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import BF16, F16, F32, F64, Case, loss_of, problems, varied
+from oracle import BF16, F16, F32, F64, Case, gradients_of_a_gpu, loss_of, problems, varied
 from simulator.capture import NothingWaits
 from simulator.cuda_host.library import KERNELS, Launches, assert_right, on_cpu_tensors, served
 
@@ -27,7 +27,7 @@ RAGGED = Case(N=10, P=7, L=13, K=72, scale=0.08, l_layout="transposed", m_layout
 
 @pytest.fixture(autouse=True)
 def cuda_on_cpu_tensors():
-    with on_cpu_tensors():
+    with on_cpu_tensors(), gradients_of_a_gpu():
         yield
 
 

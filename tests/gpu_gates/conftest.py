@@ -1,22 +1,15 @@
 """Gradients as a GPU has them; what the kernels take of the chips, printed as a table after the gates."""
 
-import contextlib
 import dataclasses
-from unittest import mock
 
 import pytest
+from oracle import gradients_of_a_gpu
 from simulator import Resources, table
-
-from dimkern import ops, plan
 
 
 @pytest.fixture(autouse=True)
-def gradients_of_a_gpu():
-    """The tensors are on the CPU, which would round gradients of bfloat16 features before the upstream factor."""
-    with contextlib.ExitStack() as stack:
-        for module in (ops, plan):
-            unrounded = lambda device, *dtypes: plan.score_dtype_of(*dtypes)  # noqa: E731
-            stack.enter_context(mock.patch.object(module, "locals_gradient_dtype", unrounded))
+def gradients():
+    with gradients_of_a_gpu():
         yield
 
 
