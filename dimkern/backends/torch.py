@@ -110,9 +110,7 @@ class TorchTiles:
         if self._row.family == "pointwise":
             return tile.new_zeros(tile.shape[0], 1)
         self._own(tile, rows, cols, -torch.inf)
-        highest = tile.amax(1, keepdim=True)
-        # an empty (-inf) or overflown (+inf) row takes any finite reference: inf - inf would be NaN
-        return torch.where(highest.isinf(), 0.0, highest)
+        return finite(tile.amax(1, keepdim=True))
 
     def _map(self, tile: Tensor, ref: Tensor, rows: slice, cols: slice) -> Tensor:
         """Turn scores into weights phi in place; the row sums of psi, (rows,)."""
@@ -218,6 +216,11 @@ class TorchTiles:
 
     def _per_row(self, statistic: Tensor) -> Tensor:
         return statistic.reshape(-1, self._p.P)
+
+
+def finite(highest: Tensor) -> Tensor:
+    """The references of rows with these largest scores; any finite one serves an empty or overflown row."""
+    return torch.where(highest.isinf(), 0.0, highest)  # inf - inf would be NaN
 
 
 def multiply(gradients: Iterable[Tensor | None], factor: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...gpu_plan import FLASH_WEIGHT, splits
 from ...plan import Plan
+from ..torch import finite
 from .flash_kernel import gradient
 from .tiles import TritonTiles, described, flat
 
@@ -34,8 +35,7 @@ class FlashTiles(TritonTiles):
             self._weighed[cols.start] = ref, None
             return ref, sums
         top, partial, product = self._by_rows(rows, cols, None)
-        highest = top.amax(0)
-        ref = torch.where(highest.isinf(), 0.0, highest)
+        ref = finite(top.amax(0))
         factor = (top - ref).exp()
         self._weighed[cols.start] = self._per_row(ref), product.mul_(factor.unsqueeze(-1)).sum(0)
         return self._per_row(ref), self._per_row((partial.double() * factor.double()).sum(0))
@@ -60,13 +60,6 @@ class FlashTiles(TritonTiles):
         self._locals_gradient(rows, cols, ref, alpha, own)
         return sums
 
-    def _own_weights(self, cols: slice, own: Tensor) -> Tensor:
-        """By the scores before the clip, (images of cols, P, L) float32."""
-        own = own[self._here(cols)].float()
-        if self._p.clip is not None:
-            own = own * (1.0 - (self.positives(cols) / self._p.clip).square())
-        return own.contiguous()
-
     def _by_rows(self, rows: slice, cols: slice, ref: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Of each part of the columns: the references that were found, (parts, R), sums of psi, and of phi * C."""
         p, g, c = self._p, self._rows(rows), self._locals(cols)
@@ -85,8 +78,8 @@ class FlashTiles(TritonTiles):
         grad, (parts, _) = self._grad_c[self._here(cols)].flatten(0, 1), self._parts(c, g)
         out = grad if parts == 1 else torch.empty(parts, *grad.shape, dtype=torch.float32, device=p.device)
         nothing = self._scale
-        self._launch(c, g, p.L, p.P, rows.start - cols.start, (flat(ref), flat(alpha), own), out, nothing, nothing,
-                     ROWS=False, RUNNING=False)  # fmt: skip
+        self._launch(c, g, p.L, p.P, rows.start - cols.start, (flat(ref), flat(alpha), own.contiguous()),
+                     out, nothing, nothing, ROWS=False, RUNNING=False)  # fmt: skip
         if parts > 1:
             torch.sum(out, 0, out=grad)
 

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...estimators import Scores
 from ...gpu_plan import largest_weight, precision, uses_tma
 from ...plan import Plan, is_aligned, within
-from ..torch import _both, multiply
+from ..torch import _both, finite, multiply
 from . import estimators, kernels
 
 _TOP = 2.0**15  # what the largest weight is stored as in float16, which so keeps those down to 2^-40 of it
@@ -67,8 +67,7 @@ class TritonTiles:
         if not self._lse:
             sums = self._per_row(partial.sum(0, dtype=torch.float64))
             return torch.zeros_like(sums), sums
-        highest = top.amax(0)
-        ref = torch.where(highest.isinf(), 0.0, highest)
+        ref = finite(top.amax(0))
         sums = (partial.double() * (top - ref).double().exp()).sum(0)
         return self._per_row(ref), self._per_row(sums)
 
@@ -142,14 +141,17 @@ class TritonTiles:
         p = self._p
         g = self._scaled_summaries().view(p.N, p.P, p.K)
         for cols in self._plan.col_blocks():
-            weights = own[self._here(cols)].float()
+            weights = self._own_weights(cols, own)
             c = self._locals(cols)[:, : p.K].float().view(-1, p.L, p.K)
-            if p.clip is not None:
-                weights = weights * (1.0 - (self.positives(cols) / p.clip).square())
             if self._grad_h is not None:
                 self._grad_h[cols].baddbmm_(weights, c)
             if self._grad_c is not None:
                 self._grad_c[self._here(cols)].baddbmm_(weights.mT, g[cols])
+
+    def _own_weights(self, cols: slice, own: Tensor) -> Tensor:
+        """By the scores before the clip, (images of cols, P, L) float32."""
+        own = own[self._here(cols)].float()
+        return own if self._p.clip is None else own * (1.0 - (self.positives(cols) / self._p.clip).square())
 
     def _score_map(
         self,
