@@ -114,6 +114,15 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const 
   step(Count<1>{});
 }
 
+#if DK_VECTOR_BYTES == 64
+// The choice of two vectors' first 16 numbers of 16 bits that has them side by side.
+DK_FN __m512i side_by_side() {
+  return _mm512_set_epi32(0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a, 0x00290009,
+                          0x00280008, 0x00270007, 0x00260006, 0x00250005, 0x00240004, 0x00230003, 0x00220002,
+                          0x00210001, 0x00200000);
+}
+#endif
+
 // `term` rows of a matrix, their numbers of one column side by side.
 template <int term, std::int64_t lanes, class X>
 DK_FN void side_by_side(const X* from, std::int64_t ld, X* __restrict to) {
@@ -124,12 +133,10 @@ DK_FN void side_by_side(const X* from, std::int64_t ld, X* __restrict to) {
 #if defined(DK_BF16)
 template <>
 DK_FN void side_by_side<2, 32, BFloat16>(const BFloat16* from, std::int64_t ld, BFloat16* __restrict to) {
-  const __m512i columns =
-      _mm512_set_epi32(0x002f000f, 0x002e000e, 0x002d000d, 0x002c000c, 0x002b000b, 0x002a000a, 0x00290009, 0x00280008,
-                       0x00270007, 0x00260006, 0x00250005, 0x00240004, 0x00230003, 0x00220002, 0x00210001, 0x00200000);
   const __m512i x = _mm512_loadu_si512(from), y = _mm512_loadu_si512(from + ld);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, columns, y));
-  _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(x, _mm512_add_epi16(columns, _mm512_set1_epi16(16)), y));
+  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(x, side_by_side(), y));
+  _mm512_storeu_si512(to + 32,
+                      _mm512_permutex2var_epi16(x, _mm512_add_epi16(side_by_side(), _mm512_set1_epi16(16)), y));
 }
 #endif
 

@@ -2,9 +2,12 @@
 // scored again, on ragged blocks, shares of several threads by hand; of bfloat16 numbers with the weights rounded to
 // it. Every array is its own exactly-sized heap block and starts as NaN, so that a sanitizer sees an overrun and a
 // comparison sees a read of what nobody wrote.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -79,11 +82,25 @@ struct Array {
   T* get() const { return data.get(); }
 };
 
-struct Bytes {
-  Index size;
-  std::unique_ptr<char[]> data;
-  explicit Bytes(Index n) : size(n), data(new char[n]) { std::memset(data.get(), 0xff, static_cast<std::size_t>(n)); }
-  char* get() const { return data.get(); }
+// Bytes that end where a page begins that can be neither read nor written: a sanitizer does not see masked vectors.
+class Bytes {
+ public:
+  explicit Bytes(Index n) : size(n), whole_(static_cast<std::size_t>((n + kPage - 1) / kPage * kPage)) {
+    void* pages = mmap(nullptr, whole_ + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) std::abort();
+    pages_ = static_cast<char*>(pages);
+    if (mprotect(pages_ + whole_, kPage, PROT_NONE)) std::abort();
+    std::memset(pages_, 0xff, whole_);
+  }
+  Bytes(const Bytes&) = delete;
+  ~Bytes() { munmap(pages_, whole_ + kPage); }
+  char* get() const { return pages_ + whole_ - size; }
+  const Index size;
+
+ private:
+  static constexpr Index kPage = 1 << 16;  // a multiple of every system's
+  std::size_t whole_;
+  char* pages_;
 };
 
 struct Shape {
@@ -97,7 +114,9 @@ const Shape kShapes[] = {
     {22, 25, 11, 70, 0, 22, 0, 22, 3},                                    // own rows of image 20 straddle row 512
     {9, 60, 54, 17, 0, 9, 2, 7, 1},    {30, 21, 17, 4, 2, 27, 0, 29, 0},  // off-diagonal blocks, 567 rows
     {2, 600, 3, 2, 0, 2, 1, 1, 0},     {481, 1, 1, 2, 0, 481, 0, 481, 0},
-    {11, 3, 30, 64, 0, 11, 0, 11, 2},  // whole steps of AMX: features in place, 330 columns
+    {11, 3, 30, 64, 0, 11, 0, 11, 2},                                     // whole steps of AMX: features in place
+    {9, 2, 32, 31, 0, 9, 0, 9, 0},     {17, 1, 15, 34, 0, 17, 0, 17, 0},  // around 16 locations by 16 or 32 channels,
+    {6, 1, 47, 47, 0, 6, 0, 6, 0},     {18, 1, 16, 65, 0, 18, 0, 18, 0},  // which are transposed at a time
 };
 
 struct Variant {
