@@ -53,41 +53,41 @@ template <class T, class X>
 constexpr std::int64_t kInner = kTerm<T, X>;  // the inner size of a product is padded to a multiple
 #endif
 
-// out[i][j] (+)= sum_p a(i, p) * strip[p][j] for i < rows, j < lanes; `inner` counts terms, lda numbers. By columns,
-// the numbers of one term lie side by side.
-template <class T, class X, int rows, bool a_by_columns>
+// out[i][j] (+)= sum_p a(i, p) * strip[p][j] for i < rows and j within the first `vectors` of the strip; `inner` counts
+// terms, lda numbers. By columns, the numbers of one term lie side by side.
+template <class T, class X, int rows, int vectors, bool a_by_columns>
 DK_FN void micro(std::int64_t inner, const X* a, std::int64_t lda, const X* strip, T* out, std::int64_t ldo, bool add) {
   using V = typename Vector<T>::type;
   using Multiply = Term<T, X>;
   constexpr int width = Vector<T>::width, n = Multiply::inner;
-  V sum[rows][kVectors];
+  V sum[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = V{};
+    for (int v = 0; v < vectors; ++v) sum[i][v] = V{};
   }
   for (std::int64_t p = 0; p < inner; ++p) {
-    decltype(Multiply::right(strip)) b[kVectors];
+    decltype(Multiply::right(strip)) b[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) b[v] = Multiply::right(strip + (p * kLanes<T> + v * width) * n);
+    for (int v = 0; v < vectors; ++v) b[v] = Multiply::right(strip + (p * kLanes<T> + v * width) * n);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const auto x = Multiply::left(a_by_columns ? a + p * lda + i * n : a + i * lda + p * n);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = Multiply::add(sum[i][v], x, b[v]);
+      for (int v = 0; v < vectors; ++v) sum[i][v] = Multiply::add(sum[i][v], x, b[v]);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < vectors; ++v) {
       V* to = reinterpret_cast<V*>(out + i * ldo + v * width);
       *to = add ? *to + sum[i][v] : sum[i][v];
     }
   }
 }
 
-// The same for any number of rows and for a strip of which only `columns` are real.
+// The same for any number of rows and for a strip of which only `columns` are real: a whole vector takes half the time.
 template <bool a_by_columns, class T, class X>
 void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const X* a, std::int64_t lda, const X* strip,
              T* out, std::int64_t ldo, bool add) {
@@ -98,10 +98,14 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t inner, const 
     for (; i + n <= rows; i += n) {
       const X* from = a + (a_by_columns ? i * kTerm<T, X> : i * lda);
       if (columns == kLanes<T>) {
-        micro<T, X, n, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
+        micro<T, X, n, kVectors, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
         continue;
       }
-      micro<T, X, n, a_by_columns>(inner, from, lda, strip, edge, kLanes<T>, false);
+      if (columns == Vector<T>::width) {
+        micro<T, X, n, 1, a_by_columns>(inner, from, lda, strip, out + i * ldo, ldo, add);
+        continue;
+      }
+      micro<T, X, n, kVectors, a_by_columns>(inner, from, lda, strip, edge, kLanes<T>, false);
       for (int k = 0; k < n; ++k) {
         T* to = out + (i + k) * ldo;
         for (std::int64_t j = 0; j < columns; ++j) to[j] = (add ? to[j] : T(0)) + edge[k * kLanes<T> + j];

@@ -69,13 +69,14 @@ struct Scratch {
 
 // Columns [col, col + cols) of the block against its rows [row, row + rows).
 struct Tile {
-  std::int64_t col, cols, row, rows, lanes;  // lanes: rows padded to whole strips
+  std::int64_t col, cols, row, rows, lanes;  // lanes: rows padded to whole vectors and steps of a product
 };
 
 template <class T, class X>
 Tile tile_at(const Pairs<T, X>& p, std::int64_t col, std::int64_t end, std::int64_t row) {
   const std::int64_t rows = least(kRowBlock<T, X>, p.R - row);
-  return {col, least(kPanel, end - col), row, rows, padded(rows, kLanes<T>)};
+  constexpr std::int64_t width = Vector<T>::width, inner = kInner<T, X>;
+  return {col, least(kPanel, end - col), row, rows, padded(rows, width > inner ? width : inner)};
 }
 
 // The rows of a tile that are own-image partners of its column c: `count` from `first` on, some perhaps outside.
@@ -301,8 +302,8 @@ template <class T, class X>
 void score(const Pairs<T, X>& p, const Tile& t, const Panel<X>& panel, T* tile) {
   const std::int64_t K = padded_channels(p);
   for (std::int64_t r = 0; r < t.rows; r += kLanes<T>) {
-    product<false>(t.cols, kLanes<T>, K / kTerm<T, X>, panel.c, panel.ld, p.g_by_row + (t.row + r) * K, tile + r,
-                   kRowBlock<T, X>, false);
+    product<false>(t.cols, least(kLanes<T>, t.lanes - r), K / kTerm<T, X>, panel.c, panel.ld,
+                   p.g_by_row + (t.row + r) * K, tile + r, kRowBlock<T, X>, false);
   }
   if (!std::is_same_v<T, X> && p.scale != T(1)) {
     for (std::int64_t c = 0; c < t.cols; ++c) {
