@@ -239,8 +239,7 @@ def _loss(
             scores = Scores(*ops.scores(c, g, factor, estimator, kappa, clip, backend)[:2])
         else:
             grad_c, grad_g = _needed(c, g, factor)
-            mean, *statistics = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g, backend)
-            scores = Scores(*statistics[:2])
+            mean, scores = ops.mean_loss(c, g, factor, estimator, kappa, clip, grad_c, grad_g, backend)
     else:
         with torch.autocast(c.device.type, enabled=False):
             layers = critic.first_layer(c, g, factor)

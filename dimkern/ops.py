@@ -20,12 +20,14 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import streaming
 from .backends.cpu import CpuTiles
 from .backends.cuda import CudaTiles, chain
 from .backends.torch import TorchTiles
 from .config import memory_budget
+from .estimators import Scores
 from .plan import Plan, describe, locals_gradient_dtype, plan_for, score_dtype_of, why_not
 
 _library = torch.library.Library("dimkern", "DEF")
@@ -43,7 +45,7 @@ _library.define(
     " -> (Tensor grad_c, Tensor grad_h)"
 )
 
-mean_loss = torch.ops.dimkern.mean_loss.default
+_mean_loss_op = torch.ops.dimkern.mean_loss.default
 scores = torch.ops.dimkern.scores.default
 _scores_backward = torch.ops.dimkern.scores_backward.default
 
@@ -92,14 +94,25 @@ def _mean_loss(
     c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool,
     backend: str = "streaming",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    loss, scores, d_c, d_h = _loss_and_gradients(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend)
+    if d_c is None or d_h is None:  # an op returns tensors
+        d_c, d_h = _gradients(c, g, False, False, locals_gradient_dtype(c.device, c.dtype, g.dtype))
+    return loss, *scores, d_c, d_h
+
+
+def _loss_and_gradients(
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool,
+    backend: str,
+) -> tuple[Tensor, Scores, Tensor | None, Tensor | None]:  # fmt: skip
+    """The mean loss, its statistics and, where either is needed, both gradients as `_gradients` has them."""
     problem = describe(estimator, c, g, clip=clip, grad_locals=grad_c, grad_summaries=grad_g)
     plan = plan_for(problem, memory_budget(c.device), backend)
-    d_c, d_h = _gradients(c, g, grad_c, grad_g, plan.summed_dtype)
+    d_c, d_h = _gradients(c, g, grad_c, grad_g, plan.summed_dtype) if grad_c or grad_g else (None, None)
     with _no_autocast(c):
-        tiles = _tiles(plan, c, g, scale, d_c, d_h)
-        loss, (positives, negatives) = streaming.mean_loss(tiles, plan, kappa)
-    d_c = d_c.to(problem.locals_gradient_dtype)
-    return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype).contiguous(), d_c, d_h
+        loss, scores = streaming.mean_loss(_tiles(plan, c, g, scale, d_c, d_h), plan, kappa)
+    if d_c is not None and plan.summed_dtype != problem.locals_gradient_dtype:
+        d_c = d_c.to(problem.locals_gradient_dtype)
+    return loss, scores, d_c, d_h
 
 
 def _scores(
@@ -229,16 +242,44 @@ def _in_one_launch(ctx, grad_c, g, d_loss):
     return None
 
 
-def _below_autograd(keyset, *arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return mean_loss.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
 def _mean_loss_autograd(keyset, c, g, scale, *choices):
-    loss, positives, negatives, grad_c, grad_h = output = _below_autograd(keyset, c, g, scale, *choices)
+    with torch._C._AutoDispatchBelowAutograd():
+        output = _mean_loss_op.redispatch(keyset & torch._C._after_autograd_keyset, c, g, scale, *choices)
     if not (torch.is_grad_enabled() and (c.requires_grad or g.requires_grad or scale.requires_grad)):
         return output
+    loss, positives, negatives, grad_c, grad_h = output
     return _MeanLoss.apply(c, g, scale, loss, grad_c, grad_h, choices[-1]), positives, negatives, grad_c, grad_h
+
+
+def mean_loss(
+    c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool,
+    backend: str = "streaming",
+) -> tuple[Tensor, Scores]:  # fmt: skip
+    """The mean loss, with the gradients that are needed behind it, and its statistics.
+
+    The op of that name; where nothing would see it pass through the dispatcher, what the op does, as the two ways
+    through Python and back are a third of a small batch's loss.
+    """
+    choices = estimator, kappa, clip, grad_c, grad_g, backend
+    if _is_seen(c, g, scale):
+        loss, positives, negatives, _, _ = _mean_loss_op(c, g, scale, *choices)
+        return loss, Scores(positives, negatives)
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, scores, d_c, d_h = _loss_and_gradients(c, g, scale, *choices)
+    return (loss if d_c is None else _MeanLoss.apply(c, g, scale, loss, d_c, d_h, backend)), scores
+
+
+def _is_seen(*tensors):
+    """Whether anything but autograd would act on, or record, an op that is called on these tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+    )
 
 
 def _scaled(gradient, upstream):

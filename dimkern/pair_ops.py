@@ -72,9 +72,9 @@ def _mean_loss(a, b, w2, b2, w3, b3, estimator, kappa, clip, grad_a, grad_b, gra
     gradients = _gradients(layers, needed)
     with _no_autocast(a):
         tiles = _tiles(plan, layers, gradients, needed)
-        loss, (positives, negatives) = streaming.mean_loss(tiles, plan, kappa)
+        loss, scores = streaming.mean_loss(tiles, plan, kappa)
         tiles.finish_gradients()
-    return loss.to(problem.score_dtype), positives, negatives.to(problem.score_dtype, copy=True), *gradients
+    return loss, *scores, *gradients
 
 
 def _scores(a, b, w2, b2, w3, b3, estimator, kappa, clip, backend="streaming"):

@@ -112,8 +112,10 @@ def mean_loss(tiles: Tiles, plan: Plan, kappa: float) -> tuple[Tensor, Scores]:
     whole = tiles.whole(kappa)
     if whole is not None:
         return whole
-    scores = in_blocks(tiles, plan, kappa)
-    return item_losses(plan.problem.row, *scores).mean(), scores
+    positives, negatives = in_blocks(tiles, plan, kappa)
+    loss = item_losses(plan.problem.row, positives, negatives).mean()
+    dtype = plan.problem.score_dtype
+    return loss.to(dtype), Scores(positives, negatives.to(dtype).contiguous())
 
 
 def in_blocks(tiles: Tiles, plan: Plan, kappa: float, reduce: Reduce = ALONE) -> Scores:

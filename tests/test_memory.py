@@ -85,7 +85,7 @@ def _run_within_budget(backend, estimator, fields, monkeypatch, budgets=(0.0, 0.
 
             def forward(c=c, g=g, scale=scale, fixed=fixed, reduction=reduction):
                 if reduction == "mean":
-                    return ops.mean_loss(c, g, scale, *fixed, True, True, backend)
+                    return ops._mean_loss_op(c, g, scale, *fixed, True, True, backend)
                 return ops.scores(c, g, scale, *fixed, backend)
 
             with dimkern.config(memory_budget=case.budget_bytes(estimator, backend)):

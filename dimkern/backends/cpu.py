@@ -47,7 +47,8 @@ class CpuTiles(TorchTiles):
     @cached_property
     def _rows(self) -> Tensor:
         """G (N, P, K) in what the kernels multiply: the score dtype, or bfloat16 where the processor has a product."""
-        return self._given.to(torch.bfloat16 if self._p.bf16_products else self._p.score_dtype).contiguous()
+        g, dtype = self._given, torch.bfloat16 if self._p.bf16_products else self._p.score_dtype
+        return g if g.dtype == dtype and g.is_contiguous() else g.to(dtype).contiguous()  # no call where it needs none
 
     @cached_property
     def _own_scores(self) -> Tensor:
@@ -80,11 +81,10 @@ class CpuTiles(TorchTiles):
         if plan.row_images < p.N or plan.col_images < p.N or not (known or plan.order == "rows outside"):
             return None
         c = self._c if self._c.ndim == 3 else self._locals(slice(0, p.N))
-        loss, *scores = _native.mean_loss.default(
-            self._rows.flatten(0, 1), c, p.estimator, self._factor, p.clip or 0.0, p.P, p.L, kappa, self._grad_h,
-            self._grad_c,
-        )  # fmt: skip
-        return loss, Scores(*scores)
+        loss, positives, negatives = _native.mean_loss.default(
+            self._rows, c, p.estimator, self._factor, p.clip or 0.0, kappa, self._grad_h, self._grad_c
+        )
+        return loss, Scores(positives, negatives)
 
     def _keep(self, g: Tensor, c: Tensor, first_image: int) -> tuple[Tensor, Tensor]:
         """Room for a block's weights, and for the references of its panels."""
@@ -138,13 +138,13 @@ class CpuTiles(TorchTiles):
         return self._per_row(sums)
 
     def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Summaries (rows, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
-        return self._rows[rows].flatten(0, 1), self._c[self._here(cols)] if self._c.ndim == 3 else self._locals(cols)
+        """Summaries (images, P, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
+        return self._rows[rows], self._c[self._here(cols)] if self._c.ndim == 3 else self._locals(cols)
 
-    def _where(self, rows: slice, cols: slice) -> tuple[str, float, float, int, int, int, int]:
+    def _where(self, rows: slice, cols: slice) -> tuple[str, float, float, int, int]:
         p, first = self._p, self._p.here.start  # the kernels count from the first image here; rows may lie before it
         row0, col0 = (rows.start - first) * p.P, (cols.start - first) * p.L
-        return p.estimator, self._factor, p.clip or 0.0, row0, col0, p.P, p.L
+        return p.estimator, self._factor, p.clip or 0.0, row0, col0
 
     def _of_rows(self, own: Tensor, rows: slice) -> Tensor | None:
         """Weights of the own-image pairs of all `rows`, as the kernels index them, from those whose images are here."""
@@ -154,5 +154,5 @@ class CpuTiles(TorchTiles):
     def _pack(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The summaries as the kernels read them, packed once per row block."""
         if self._packed is None or self._packed[0] != rows:
-            self._packed = rows, _native.pack.default(self._rows[rows].flatten(0, 1), self._factor, self._p.needs_grad)
+            self._packed = rows, _native.pack.default(self._rows[rows], self._factor, self._p.needs_grad)
         return self._packed[1]

@@ -12,9 +12,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -79,9 +81,20 @@ constexpr ScalarType kType = std::is_same_v<T, float>    ? ScalarType::Float
                              : std::is_same_v<T, double> ? ScalarType::Double
                                                          : ScalarType::BFloat16;
 
+// A fresh contiguous tensor. Straight from the allocator: through the dispatcher, where it is found by its name, it
+// would take four times as long, and a small batch needs a dozen.
 template <class T>
-Tensor like(const Tensor& x, std::vector<std::int64_t> shape) {
-  return torch::stable::new_empty(x, shape, kType<T>);
+Tensor fresh(std::initializer_list<std::int64_t> shape) {
+  static const std::int32_t type = kType<T> == ScalarType::Float    ? aoti_torch_dtype_float32()
+                                   : kType<T> == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                                    : aoti_torch_dtype_bfloat16();
+  std::array<std::int64_t, 3> strides{};
+  std::int64_t stride = 1;
+  for (std::size_t i = shape.size(); i-- > 0;) strides[i] = stride, stride *= shape.begin()[i];
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -115,7 +128,7 @@ struct Shares {
 // Local features (images, L, K), and how the kernels read them as numbers of X.
 template <class X>
 struct Columns {
-  std::int64_t M, K;
+  std::int64_t M, L, K;
   dimkern::Source source;
   bool matrix;           // read in place
   std::int64_t staging;  // bytes that a thread needs beside the tiles' own
@@ -124,14 +137,14 @@ struct Columns {
     STD_TORCH_CHECK(c.dim() == 3, "c (images, L, K) expected");
     STD_TORCH_CHECK(c.scalar_type() == ScalarType::BFloat16 || (!std::is_same_v<X, BFloat16>),
                     "c in bfloat16 expected, as g is");
-    const std::int64_t images = c.size(0), L = c.size(1);
-    M = images * L, K = c.size(2);
+    const std::int64_t images = c.size(0);
+    L = c.size(1), M = images * L, K = c.size(2);
     source = {c.data_ptr(), number(c), c.stride(0), c.stride(1), c.stride(2)};
     const bool rows_merge = images == 1 || L == 1 || source.image == L * source.location;
     matrix = c.scalar_type() == kType<X> && rows_merge && (K == 1 || source.channel == 1) && K % inner == 0;
     staging = matrix ? 0 : isa().panel * (ceil_div(K, inner) * inner) * std::int64_t(sizeof(X));
   }
-  std::int64_t row_stride(std::int64_t L) const { return L == 1 ? source.image : source.location; }
+  std::int64_t row_stride() const { return L == 1 ? source.image : source.location; }
 
  private:
   static Number number(const Tensor& c) {
@@ -149,23 +162,26 @@ struct Columns {
   }
 };
 
+// R of summaries (images, P, K).
+std::int64_t rows_of(const Tensor& g) { return g.size(0) * g.size(1); }
+
 // What is scored, and where it lies in the batch.
 template <class T, class X>
 Pairs<T, X> pairs_of(const std::string& estimator, const Tensor& g, const Columns<X>& c, const Tensor& by_row,
                      const std::optional<Tensor>& by_channel, double scale, double clip, std::int64_t row0,
-                     std::int64_t col0, std::int64_t P, std::int64_t L) {
-  STD_TORCH_CHECK(g.dim() == 2 && g.size(1) == c.K && g.is_contiguous(), "contiguous g (R, K) expected");
+                     std::int64_t col0) {
+  STD_TORCH_CHECK(g.dim() == 3 && g.size(2) == c.K && g.is_contiguous(), "contiguous g (images, P, K) expected");
   return {estimator.c_str(),
-          g.size(0),
+          rows_of(g),
           c.M,
           c.K,
           data<X>(g),
           static_cast<const X*>(c.source.data),
-          c.row_stride(L),
+          c.row_stride(),
           row0,
           col0,
-          P,
-          L,
+          g.size(1),
+          c.L,
           static_cast<T>(clip),
           static_cast<T>(scale),
           data<X>(by_row),
@@ -189,9 +205,9 @@ std::tuple<Tensor, Tensor> pack(const Tensor& g, double scale, bool by_channel) 
     using X = decltype(product);
     const auto& use = kernels<T, X>();
     const auto terms = [&](std::int64_t n) { return ceil_div(n, use.inner) * use.inner; };
-    const std::int64_t R = g.size(0), K = g.size(1);
-    Tensor rows = like<X>(g, {ceil_div(R, use.lanes) * use.lanes * terms(K)});
-    Tensor channels = like<X>(g, {by_channel ? ceil_div(K, use.lanes) * use.lanes * terms(R) : 0});
+    const std::int64_t R = rows_of(g), K = g.size(2);
+    Tensor rows = fresh<X>({ceil_div(R, use.lanes) * use.lanes * terms(K)});
+    Tensor channels = fresh<X>({by_channel ? ceil_div(K, use.lanes) * use.lanes * terms(R) : 0});
     Pairs<T, X> p{};
     p.R = R, p.K = K, p.g = data<X>(g), p.scale = static_cast<T>(scale);
     use.pack(p, data<X>(rows), by_channel ? data<X>(channels) : nullptr);
@@ -203,34 +219,33 @@ std::tuple<Tensor, Tensor> pack(const Tensor& g, double scale, bool by_channel) 
 std::tuple<std::int64_t, std::int64_t> kept_sizes(const Tensor& g, std::int64_t M) {
   return by_type(g, [&](auto score, auto product) -> std::tuple<std::int64_t, std::int64_t> {
     const std::int64_t lanes = kernels<decltype(score), decltype(product)>().lanes;
-    const std::int64_t ld = ceil_div(g.size(0), lanes) * lanes;
-    const Shares shares(g.size(0), M, g.size(1));
+    const std::int64_t R = rows_of(g), ld = ceil_div(R, lanes) * lanes;
+    const Shares shares(R, M, g.size(2));
     return {M * ld, shares.count * shares.panels() * ld};
   });
 }
 
 std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor& by_row, std::string estimator,
-                                 double scale, double clip, std::int64_t row0, std::int64_t col0, std::int64_t P,
-                                 std::int64_t L, const Tensor& positives, std::optional<Tensor> keep,
-                                 std::optional<Tensor> panel_ref) {
+                                 double scale, double clip, std::int64_t row0, std::int64_t col0,
+                                 const Tensor& positives, std::optional<Tensor> keep, std::optional<Tensor> panel_ref) {
   return by_type(g, [&](auto score, auto product) -> std::tuple<Tensor, Tensor> {
     using T = decltype(score);
     using X = decltype(product);
     const auto& use = kernels<T, X>();
     const Columns<X> columns(c, use.inner);
-    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, scale, clip, row0, col0, P, L);
+    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, std::nullopt, scale, clip, row0, col0);
     const Shares shares(p.R, p.M, p.K);
     std::vector<T> refs(shares.count * p.R);
     std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
-    Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
+    Tensor scratch = fresh<T>({shares.count * bytes / std::int64_t(sizeof(T))});
     T* ref = refs.data();
     double* sum = sums.data();
     shares.parallel([&](std::int64_t i, Share share) {
       const Weigh<T> w{data<T>(keep), data<T>(panel_ref), ref + i * p.R, sum + i * p.R, data<T>(positives)};
       use.weigh(p, w, share.begin, share.end, share.panel0, data<char>(scratch) + i * bytes);
     });
-    Tensor ref_all = like<T>(g, {p.R}), sum_all = like<double>(g, {p.R});
+    Tensor ref_all = fresh<T>({p.R}), sum_all = fresh<double>({p.R});
     for (std::int64_t r = 0; r < p.R; ++r) {
       T highest = ref[r];
       for (std::int64_t i = 1; i < shares.count; ++i) highest = std::max(highest, ref[i * p.R + r]);
@@ -251,29 +266,28 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor&
 
 Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const Tensor& by_channel,
                   std::string estimator, double scale, double clip, std::int64_t row0, std::int64_t col0,
-                  std::int64_t P, std::int64_t L, std::optional<Tensor> keep, std::optional<Tensor> panel_ref,
-                  std::optional<Tensor> ref, const Tensor& alpha, std::optional<Tensor> own,
-                  std::optional<Tensor> positives, std::optional<Tensor> grad_h, std::optional<Tensor> grad_c,
-                  bool add_h, bool add_c, double own_each) {
+                  std::optional<Tensor> keep, std::optional<Tensor> panel_ref, std::optional<Tensor> ref,
+                  const Tensor& alpha, std::optional<Tensor> own, std::optional<Tensor> positives,
+                  std::optional<Tensor> grad_h, std::optional<Tensor> grad_c, bool add_h, bool add_c, double own_each) {
   return by_type(g, [&](auto score, auto product) -> Tensor {
     using T = decltype(score);
     using X = decltype(product);
     const auto& use = kernels<T, X>();
     const Columns<X> columns(c, use.inner);
-    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, scale, clip, row0, col0, P, L);
+    const Pairs<T, X> p = pairs_of<T>(estimator, g, columns, by_row, by_channel, scale, clip, row0, col0);
     const Shares shares(p.R, p.M, p.K);
     std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
-    Tensor scratch = like<T>(g, {shares.count * bytes / std::int64_t(sizeof(T))});
+    Tensor scratch = fresh<T>({shares.count * bytes / std::int64_t(sizeof(T))});
     const std::int64_t size = p.R * p.K;
     std::optional<Tensor> partial;
-    if (grad_h.has_value() && shares.count > 1) partial = like<T>(g, {(shares.count - 1) * size});
+    if (grad_h.has_value() && shares.count > 1) partial = fresh<T>({(shares.count - 1) * size});
     const bool rounds = grad_c.has_value() && grad_c->scalar_type() != kType<T>;
     STD_TORCH_CHECK(!rounds || (std::is_same_v<T, float> && grad_c->scalar_type() == ScalarType::BFloat16 && !add_c),
                     "a gradient of c in the scores' dtype expected, or all of it in bfloat16");
     const std::int64_t summed =
         rounds ? isa().panel * (p.R > use.rows ? ceil_div(p.K, use.lanes) * use.lanes : use.lanes) : 0;
-    Tensor panels = like<T>(g, {shares.count * summed});
+    Tensor panels = fresh<T>({shares.count * summed});
     T* whole = data<T>(grad_h);
     shares.parallel([&](std::int64_t i, Share share) {
       Accumulate<T> a{data<T>(keep),
@@ -301,7 +315,7 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
         }
       });
     }
-    Tensor sum = like<double>(g, {p.R});
+    Tensor sum = fresh<double>({p.R});
     for (std::int64_t r = 0; r < p.R; ++r) {
       double total = 0;
       for (std::int64_t i = 0; i < shares.count; ++i) total += sums[i * p.R + r];
@@ -328,53 +342,53 @@ constexpr std::int64_t kPositivesWorthAThread = 4096;
 // The whole of a batch in one call: statistics, finish and the gradients of the mean loss for which there is room.
 // Returns the loss, the own-image scores (N, P, L) and each row's negative term (N, P).
 std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double scale,
-                                             double clip, std::int64_t P, std::int64_t L, double kappa,
-                                             std::optional<Tensor> grad_h, std::optional<Tensor> grad_c) {
+                                             double clip, double kappa, std::optional<Tensor> grad_h,
+                                             std::optional<Tensor> grad_c) {
   return by_type(g, [&](auto score, auto) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(score);
-    const dimkern::Batch batch{g.size(0) / P, P, L, kappa};
+    const dimkern::Batch batch{g.size(0), g.size(1), c.size(1), kappa};
     const std::int64_t R = batch.rows();
     const bool differentiated = grad_h.has_value() || grad_c.has_value();
     const auto [by_row, by_channel] = pack(g, scale, grad_c.has_value());
     const Tensor &rows = by_row, &channels = by_channel;
-    Tensor positives = like<T>(g, {batch.N, P, L}), negatives = like<T>(g, {batch.N, P}), loss = like<T>(g, {});
+    Tensor positives = fresh<T>({batch.N, batch.P, batch.L}), negatives = fresh<T>({batch.N, batch.P}),
+           loss = fresh<T>({});
     std::vector<double> negative(R), losses(R);
     const auto for_rows = [&](const auto& f) {
-      torch::stable::parallel_for(0, R, std::max<std::int64_t>(1, kPositivesWorthAThread / L), f);
+      torch::stable::parallel_for(0, R, std::max<std::int64_t>(1, kPositivesWorthAThread / batch.L), f);
     };
     const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
       using E = decltype(row);
       if constexpr (E::family == dimkern::Family::pointwise) {
         Tensor sums;
         if (differentiated) {
-          Tensor alpha = like<T>(g, {R});
+          Tensor alpha = fresh<T>({R});
           std::fill_n(data<T>(alpha), R, T(1.0 / (double(R) * batch.negatives())));
-          sums = accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, std::nullopt, std::nullopt,
+          sums = accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, std::nullopt, std::nullopt,
                             std::nullopt, alpha, std::nullopt, positives, grad_h, grad_c, false, false, batch.each());
         } else {
-          sums =
-              std::get<1>(weigh(g, c, rows, estimator, scale, clip, 0, 0, P, L, positives, std::nullopt, std::nullopt));
+          sums = std::get<1>(weigh(g, c, rows, estimator, scale, clip, 0, 0, positives, std::nullopt, std::nullopt));
         }
         for (std::int64_t r = 0; r < R; ++r) negative[r] = data<double>(sums)[r] / batch.negatives();
       } else {
         std::optional<Tensor> keep, panel_ref;
         if (differentiated) {
-          const auto [kept, panels] = kept_sizes(g, batch.N * L);
-          keep = like<T>(g, {kept}), panel_ref = like<T>(g, {panels});
+          const auto [kept, panels] = kept_sizes(g, batch.N * batch.L);
+          keep = fresh<T>({kept}), panel_ref = fresh<T>({panels});
           advise(*keep);
         }
-        const auto [ref, sums] = weigh(g, c, rows, estimator, scale, clip, 0, 0, P, L, positives, keep, panel_ref);
+        const auto [ref, sums] = weigh(g, c, rows, estimator, scale, clip, 0, 0, positives, keep, panel_ref);
         dimkern::log_sums<E>(batch, data<T>(ref), data<double>(sums), negative.data());
         if (differentiated) {
-          Tensor alpha = like<T>(g, {R}), own = like<T>(g, {batch.N, P, L});
+          Tensor alpha = fresh<T>({R}), own = fresh<T>({batch.N, batch.P, batch.L});
           const T* from = data<T>(ref);
           const double* sum = data<double>(sums);
           for_rows([&](std::int64_t begin, std::int64_t end) {
             dimkern::finish<E>(batch, begin, end, from, sum, data<T>(positives), negative.data(), data<T>(alpha),
                                data<T>(own));
           });
-          accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, P, L, keep, panel_ref, ref, alpha, own,
-                     positives, grad_h, grad_c, false, false, 0.0);
+          accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, keep, panel_ref, ref, alpha, own, positives,
+                     grad_h, grad_c, false, false, 0.0);
         }
       }
       for_rows([&](std::int64_t begin, std::int64_t end) {
@@ -418,16 +432,16 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
   m.def("pack(Tensor g, float scale, bool by_channel) -> (Tensor, Tensor)");
   m.def("kept_sizes(Tensor g, int M) -> (int, int)");
   m.def(
-      "weigh(Tensor g, Tensor c, Tensor by_row, str estimator, float scale, float clip, int row0, int col0, int P,"
-      " int L, Tensor(a!) positives, Tensor(b!)? keep, Tensor(c!)? panel_ref) -> (Tensor, Tensor)");
+      "weigh(Tensor g, Tensor c, Tensor by_row, str estimator, float scale, float clip, int row0, int col0,"
+      " Tensor(a!) positives, Tensor(b!)? keep, Tensor(c!)? panel_ref) -> (Tensor, Tensor)");
   m.def(
       "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float scale, float clip, int "
       "row0,"
-      " int col0, int P, int L, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? "
+      " int col0, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? "
       "positives,"
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.) -> Tensor");
   m.def(
-      "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, int P, int L, float kappa,"
+      "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, float kappa,"
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor, Tensor)");
   m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
