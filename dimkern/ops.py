@@ -20,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from . import streaming
 from .backends.cpu import CpuTiles
@@ -29,6 +28,7 @@ from .backends.torch import TorchTiles
 from .config import memory_budget
 from .estimators import Scores
 from .plan import Plan, describe, locals_gradient_dtype, plan_for, score_dtype_of, why_not
+from .validate import is_watched
 
 _library = torch.library.Library("dimkern", "DEF")
 _library.define(
@@ -261,25 +261,12 @@ def mean_loss(
     through Python and back are a third of a small batch's loss.
     """
     choices = estimator, kappa, clip, grad_c, grad_g, backend
-    if _is_seen(c, g, scale):
+    if is_watched(c, g, scale):
         loss, positives, negatives, _, _ = _mean_loss_op(c, g, scale, *choices)
         return loss, Scores(positives, negatives)
     with torch._C._AutoDispatchBelowAutograd():
         loss, scores, d_c, d_h = _loss_and_gradients(c, g, scale, *choices)
     return (loss if d_c is None else _MeanLoss.apply(c, g, scale, loss, d_c, d_h, backend)), scores
-
-
-def _is_seen(*tensors):
-    """Whether anything but autograd would act on, or record, an op that is called on these tensors."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-        or any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
-    )
 
 
 def _scaled(gradient, upstream):

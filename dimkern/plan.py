@@ -5,6 +5,7 @@ Owns every choice (backend, loop order, block and tile sizes) and the reasons fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,7 +118,8 @@ def describe(
     grad_critic: bool = False,
 ) -> Problem:
     """The Problem that these tensors pose."""
-    N, L, K = c.shape[0], c.shape[1:-1].numel(), c.shape[-1]
+    N, *inner, K = c.shape
+    L = math.prod(inner)
     score_dtype = score_dtype_of(c.dtype, g.dtype)
     on_cpu, strided, matrix = c.device.type == "cpu", c.ndim == 3, is_matrix_view(c)
     staged = c.dtype != score_dtype or not matrix

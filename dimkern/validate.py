@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from numbers import Real
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from .estimators import REGISTRY
 from .plan import score_dtype_of
@@ -31,7 +37,9 @@ def as_summaries(m: Tensor) -> Tensor:
     _check_tensor("m", m, accepted, (2, 3, 4))
     if m.ndim == 4 and m.shape[2:] != (1, 1):
         raise ValueError(f"m is {tuple(m.shape)}; accepted are {accepted}")
-    return m.unsqueeze(1) if m.ndim == 2 else m.flatten(2).transpose(1, 2)
+    if m.ndim == 2:
+        return m.unsqueeze(1)
+    return (m if m.ndim == 3 else m.flatten(2)).transpose(1, 2)
 
 
 def check_pair(
@@ -69,6 +77,8 @@ def check_scale(scale: float | Tensor | None, c: Tensor, g: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"scale is a {type(scale).__name__}; accepted are a number or a 0-d tensor")
+        if c.device.type == "cpu" and not is_watched():
+            return _constant(float(scale), dtype)
         return torch.full((), float(scale), dtype=dtype, device=c.device)
     if scale.ndim != 0:
         raise ValueError(f"scale is a tensor of shape {tuple(scale.shape)}; accepted are a number or a 0-d tensor")
@@ -77,6 +87,13 @@ def check_scale(scale: float | Tensor | None, c: Tensor, g: Tensor) -> Tensor:
     if scale.device != c.device:
         raise ValueError(f"scale is on {scale.device}, l and m are on {c.device}")
     return scale
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor, made once: making it is a tenth of a small batch's loss."""
+    with torch.inference_mode(False):  # whose tensors no backward may use
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def check_clip(clip: float | None) -> float | None:
@@ -106,9 +123,23 @@ def check_generator(generator: torch.Generator | None, negatives: str) -> None:
         raise ValueError(f"generator is given, and negatives is {negatives!r}, where nothing is drawn; see 'permute'")
 
 
+def is_watched(*tensors: Tensor) -> bool:
+    """Whether anything but autograd and autocast acts on what is called now, or on these tensors, or records it."""
+    if (
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _get_tracing_state()
+        or peek_interpreter_stack() is not None
+        or _profiler_enabled()
+    ):
+        return True
+    return any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+
+
 def refuse_forward_mode(*inputs: Tensor) -> None:
     """Without this a forward-mode derivative of the ops would silently be 0."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if is_compiling() or forward_ad._current_level < 0:
         return
     unpack = forward_ad.unpack_dual
     if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
@@ -122,10 +153,11 @@ def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
 
 def check_measure(measure: str) -> str:
     """The estimator that a measure of `fenchel_dual_loss` names, in either case."""
-    measures = tuple(name.upper() for name, row in REGISTRY.items() if row.family != "row_lse")
-    if not isinstance(measure, str) or measure.upper() not in measures:
+    name = measure.lower() if isinstance(measure, str) else ""
+    if name not in REGISTRY or REGISTRY[name].family == "row_lse":
+        measures = tuple(name.upper() for name, row in REGISTRY.items() if row.family != "row_lse")
         check_choice("measure", measure, measures)
-    return measure.lower()
+    return name
 
 
 def check_reduction(estimator: str, reduction: str) -> None:

@@ -153,7 +153,7 @@ def test_only_the_products_that_are_needed(estimator, needs, plans, monkeypatch)
     expected = loss_of(estimator, *(x.detach() for x in (l, m)), scale=scale.detach(), backend="streaming")
     assert loss_of(estimator, l, m, scale=scale, backend="streaming").requires_grad == bool(needs)
     plans.clear()
-    monkeypatch.setattr(ops, "_is_seen", lambda *_: False)  # the counter does not look into an op
+    monkeypatch.setattr(ops, "is_watched", lambda *_: False)  # the counter does not look into an op
     products = torch.ops.aten.addmm_, torch.ops.aten.baddbmm_
     in_place = dict.fromkeys(products, lambda _, a, b, **keywords: 2 * math.prod(a) * b[-1])
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:

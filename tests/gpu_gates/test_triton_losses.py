@@ -243,7 +243,7 @@ def test_eight_launches(gpu, estimator, monkeypatch):
     """A small problem's forward and backward."""
     case = varied(RAGGED, K=32, l_layout="channels_last", m_layout="NPK")
     l, m, _ = case.tensors()
-    monkeypatch.setattr(ops, "_is_seen", lambda *_: False)  # what the op does, in sight of Watched
+    monkeypatch.setattr(ops, "is_watched", lambda *_: False)  # what the op does, in sight of Watched
     with Watched() as watched:
         loss = dimkern.infonce_loss(l, m) if estimator == "infonce" else dimkern.fenchel_dual_loss(l, m)
         loss.backward(torch.ones(()))
