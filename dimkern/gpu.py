@@ -70,5 +70,10 @@ def _driver(device: torch.device) -> Any:
     module = sys.modules.get("triton.runtime.driver")
     active = getattr(module, "driver", None) and module.driver._active  # type: ignore[union-attr]
     if active is None or active.get_active_torch_device().type != device.type:
-        return f"the tensors are on {device}, not on a GPU"
+        return _on_no_gpu(device)
     return active
+
+
+@lru_cache
+def _on_no_gpu(device: torch.device) -> str:
+    return f"the tensors are on {device}, not on a GPU"  # asked for by every loss on a CPU

@@ -250,7 +250,7 @@ def why_not(
         return WHY_NOT_LOADED
     if backend == "triton":
         found = "its kernels have no float64" if score_dtype == torch.float64 else chip_of(device)
-        return f"{found}; the streaming backend serves instead" if isinstance(found, str) else None
+        return found + "; the streaming backend serves instead" if isinstance(found, str) else None
     if backend == "cuda":
         reason = why_not_cuda(device)
         return reason and f"{reason}; the streaming backend serves instead"

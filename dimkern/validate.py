@@ -71,13 +71,13 @@ def _check_same(letter: str, l: Tensor, m: Tensor, of_l: int, of_m: int) -> None
 
 def check_scale(scale: float | Tensor | None, c: Tensor, g: Tensor) -> Tensor:
     """`scale` as a 0-d tensor beside the inputs."""
-    dtype = score_dtype_of(c.dtype, g.dtype)
-    if scale is None:
-        scale = 1.0
     if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, Real):
+        if scale is None:
+            scale = 1.0
+        elif isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"scale is a {type(scale).__name__}; accepted are a number or a 0-d tensor")
-        if c.device.type == "cpu" and not is_watched():
+        dtype = score_dtype_of(c.dtype, g.dtype)
+        if c.is_cpu and not is_watched():
             return _constant(float(scale), dtype)
         return torch.full((), float(scale), dtype=dtype, device=c.device)
     if scale.ndim != 0:

@@ -40,15 +40,12 @@ class CpuTiles(TorchTiles):
         if p.staged and p.strided:  # the kernels stage panels by themselves
             self._staging_images = own_images(p)
         self._factor = scale.item()
+        # G (N, P, K) in what the kernels multiply; no call of torch where it is that already
+        dtype = torch.bfloat16 if p.bf16_products else p.score_dtype
+        self._rows = g if g.dtype == dtype and g.is_contiguous() else g.to(dtype).contiguous()
         self._own_seen = [False] * p.held
         self._packed: tuple[slice, tuple[Tensor, Tensor]] | None = None
         self._weighed: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @cached_property
-    def _rows(self) -> Tensor:
-        """G (N, P, K) in what the kernels multiply: the score dtype, or bfloat16 where the processor has a product."""
-        g, dtype = self._given, torch.bfloat16 if self._p.bf16_products else self._p.score_dtype
-        return g if g.dtype == dtype and g.is_contiguous() else g.to(dtype).contiguous()  # no call where it needs none
 
     @cached_property
     def _own_scores(self) -> Tensor:
