@@ -344,8 +344,10 @@ constexpr std::int64_t kPositivesWorthAThread = 4096;
 std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, std::string estimator, double scale,
                                              double clip, double kappa, std::optional<Tensor> grad_h,
                                              std::optional<Tensor> grad_c) {
-  return by_type(g, [&](auto score, auto) -> std::tuple<Tensor, Tensor, Tensor> {
+  return by_type(g, [&](auto score, auto product) -> std::tuple<Tensor, Tensor, Tensor> {
     using T = decltype(score);
+    const auto& use = kernels<T, decltype(product)>();
+    const char* name = estimator.c_str();
     const dimkern::Batch batch{g.size(0), g.size(1), c.size(1), kappa};
     const std::int64_t R = batch.rows();
     const bool differentiated = grad_h.has_value() || grad_c.has_value();
@@ -357,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, s
     const auto for_rows = [&](const auto& f) {
       torch::stable::parallel_for(0, R, std::max<std::int64_t>(1, kPositivesWorthAThread / batch.L), f);
     };
-    const bool known = dimkern::with_estimator(estimator.c_str(), [&](auto row) {
+    const bool known = dimkern::with_estimator(name, [&](auto row) {
       using E = decltype(row);
       if constexpr (E::family == dimkern::Family::pointwise) {
         Tensor sums;
@@ -384,17 +386,15 @@ std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, s
           const T* from = data<T>(ref);
           const double* sum = data<double>(sums);
           for_rows([&](std::int64_t begin, std::int64_t end) {
-            dimkern::finish<E>(batch, begin, end, from, sum, data<T>(positives), negative.data(), data<T>(alpha),
-                               data<T>(own));
+            use.row_weights(name, batch, begin, end, from, sum, data<T>(positives), negative.data(), data<T>(alpha),
+                            data<T>(own));
           });
           accumulate(g, c, rows, channels, estimator, scale, clip, 0, 0, keep, panel_ref, ref, alpha, own, positives,
                      grad_h, grad_c, false, false, 0.0);
         }
       }
       for_rows([&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t r = begin; r < end; ++r) {
-          losses[r] = dimkern::row_loss<E>(batch, r, data<T>(positives), negative[r]);
-        }
+        use.row_losses(name, batch, begin, end, data<T>(positives), negative.data(), losses.data());
       });
     });
     STD_TORCH_CHECK(known, "unknown estimator");

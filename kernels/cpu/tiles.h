@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "dimkern/math.h"
+
 namespace dimkern {
 
 enum class Number { float64, float32, bfloat16, float16 };
@@ -72,6 +74,15 @@ struct Accumulate {
   T* panel_c = nullptr;  // those sums, (K / lanes strips, panel, lanes); one strip where R fits a tile
 };
 
+// The sizes of a batch: R = N * P rows, L positives and (N - 1) * L negatives each.
+struct Batch {
+  std::int64_t N, P, L;
+  double kappa;
+  DK_FN std::int64_t rows() const { return N * P; }
+  DK_FN double negatives() const { return double(N - 1) * double(L); }
+  DK_FN double each() const { return 1.0 / (double(rows()) * double(L)); }  // weight of a positive in the mean loss
+};
+
 // The code for one instruction set. begin and end are columns of the block; panel0 is the index that the panel at
 // `begin` has in panel_ref.
 template <class T, class X = T>
@@ -85,6 +96,10 @@ struct Kernels {
                 void* scratch) = nullptr;
   void (*accumulate)(const Pairs<T, X>&, const Accumulate<T>&, std::int64_t begin, std::int64_t end,
                      std::int64_t panel0, void* scratch) = nullptr;
+  void (*row_losses)(const char* estimator, const Batch&, std::int64_t begin, std::int64_t end, const T* positives,
+                     const double* negatives, double* losses) = nullptr;
+  void (*row_weights)(const char* estimator, const Batch&, std::int64_t begin, std::int64_t end, const T* ref,
+                      const double* sum, const T* positives, const double* negatives, T* alpha, T* own) = nullptr;
 };
 
 struct Isa {

@@ -4,6 +4,7 @@
 // with its own flags. Everything here is in that namespace: a function shared between differently compiled
 // files would be merged by the linker into whichever it likes.
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -33,6 +34,8 @@ struct Registers {};
 #if defined(DK_AMX)
 #include "gemm_amx.inc.h"
 #endif
+
+#include "finish.inc.h"
 
 #if !defined(DK_PANEL)
 #define DK_PANEL (20 * DK_ROWS)
@@ -628,8 +631,8 @@ void pack(const Pairs<T, X>& p, X* by_row, X* by_channel) {
 }
 
 template <class T, class X>
-constexpr Kernels<T, X> kernels = {kLanes<T>,  kInner<T, X>, kRowBlock<T, X>, Scratch<T, X>::bytes,
-                                   pack<T, X>, weigh<T, X>,  accumulate<T, X>};
+constexpr Kernels<T, X> kernels = {kLanes<T>,   kInner<T, X>,     kRowBlock<T, X>, Scratch<T, X>::bytes, pack<T, X>,
+                                   weigh<T, X>, accumulate<T, X>, row_losses<T>,   row_weights<T>};
 
 inline constexpr Isa isa = {
     DK_ISA_NAME,
