@@ -23,7 +23,7 @@ from .validate import (
     check_pair,
     check_reduction,
     check_scale,
-    refuse_forward_mode,
+    refuse_transforms,
 )
 
 if TYPE_CHECKING:  # a build of torch may lack it
@@ -214,7 +214,7 @@ def _checked(measure: str | None, l: Tensor, m: Tensor, options: _Options, least
     if options.backend != "auto":  # which the ops choose by; here only a bad name, or one that cannot serve
         choose_backend(options.backend, c.device, "dot" if critic is None else "pair_mlp")
     if options.backend != "reference" and options.negatives == "all" and critic is None:
-        refuse_forward_mode(l, m, factor)
+        refuse_transforms(l, m, factor)
     return _Inputs(estimator, c, g, factor, kappa, clip)
 
 
@@ -243,7 +243,7 @@ def _loss(
     else:
         with torch.autocast(c.device.type, enabled=False):
             layers = critic.first_layer(c, g, factor)
-        refuse_forward_mode(*layers)
+        refuse_transforms(*layers)
         if reduction == "none":
             scores = Scores(*pair_ops.scores(*layers, estimator, kappa, clip, backend)[:2])
         else:

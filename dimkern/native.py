@@ -70,3 +70,7 @@ def instruction_sets() -> dict[str, str]:
         return {"not loaded": WHY_NOT_LOADED}
     lines = str(torch.ops.dimkern_cpu.isas.default()).splitlines()
     return dict(line.split(": ", 1) for line in lines)
+
+
+if (_unheeded := instruction_sets().get("DIMKERN_CPU_ISA")) is not None:
+    warnings.warn(f"DIMKERN_CPU_ISA: {_unheeded}; the fastest of those that do serves", stacklevel=2)

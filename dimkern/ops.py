@@ -270,11 +270,8 @@ def mean_loss(
 
 
 def _scaled(gradient, upstream):
-    """A saved gradient times the upstream factor.
-
-    In float32 until the factor is in: a float16 gradient would underflow before a loss scale reaches it.
-    """
-    return gradient if _leaves_as_it_is(upstream) else gradient * upstream
+    """A saved gradient times the upstream factor."""
+    return gradient if _leaves_as_it_is(upstream) else _times(gradient, upstream)
 
 
 def _times(gradient, upstream):

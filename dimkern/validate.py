@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import (
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    is_gradtrackingtensor,
+    peek_interpreter_stack,
+)
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
@@ -137,13 +142,28 @@ def is_watched(*tensors: Tensor) -> bool:
     return any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
 
 
-def refuse_forward_mode(*inputs: Tensor) -> None:
-    """Without this a forward-mode derivative of the ops would silently be 0."""
-    if is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(*inputs: Tensor) -> None:
+    """Forward mode, whose derivative of the ops would silently be 0, and torch.func's reverse mode, which has none."""
+    if is_compiling():
         return
-    unpack = forward_ad.unpack_dual
-    if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
-        raise RuntimeError("dimkern's losses have no forward-mode derivative; use backend='reference' for that")
+    if forward_ad._current_level >= 0:
+        unpack = forward_ad.unpack_dual
+        if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
+            raise RuntimeError("dimkern's losses have no forward-mode derivative; use backend='reference' for that")
+    if peek_interpreter_stack() is not None and any(map(_is_differentiated, inputs)):
+        raise RuntimeError(
+            "dimkern's losses cannot be differentiated by torch.func: use torch.autograd.grad or backward(), or "
+            "backend='reference'"
+        )
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether torch.func's reverse mode follows x, at whatever depth of transforms."""
+    while is_functorch_wrapped_tensor(x):
+        if is_gradtrackingtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

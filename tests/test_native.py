@@ -140,6 +140,16 @@ def test_every_instruction_set(isa):
     _passes_the_tests_above(isa)
 
 
+def test_an_instruction_set_that_cannot_be_had_is_said():
+    """A name that is none warns and leaves the choice as it is; an empty one is as good as no name."""
+    code = "import warnings; warnings.simplefilter('error'); import dimkern"
+    for isa in ("", "avx9"):
+        environment = {**os.environ, "DIMKERN_CPU_ISA": isa}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        assert ("DIMKERN_CPU_ISA: avx9 is none that runs here" in run.stderr) == bool(isa), run.stderr
+    assert _chosen("avx9") == _chosen("")
+
+
 def _passes_the_tests_above(isa, *options, **variables):
     some = "ragged_edges and infonce or several_panels and mean or test_threads and 2-infonce"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

@@ -3,9 +3,11 @@
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
 import io
 import shutil
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
@@ -26,6 +28,9 @@ from oracle import (
     watch_plans,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dimkern
 from dimkern import ops
@@ -349,6 +354,85 @@ def test_forward_mode_is_refused_not_zero():
     l, m = torch.randn(3, 4, 5), torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda l: dimkern.fenchel_dual_loss(l, m), (l,), (torch.ones_like(l),))
+
+
+def test_gradients_of_torch_func_are_refused():
+    l, m = torch.randn(3, 4, 5), torch.randn(3, 4)
+    for reduction in ("mean", "none"):
+
+        def loss(l, reduction=reduction, **keywords):
+            return dimkern.infonce_loss(l, m, reduction=reduction, **keywords).sum()
+
+        for transformed, given in (
+            (torch.func.grad(loss), l),
+            (torch.func.vmap(torch.func.grad(loss)), l.expand(2, 3, 4, 5)),
+            (torch.func.grad(lambda l: torch.func.vmap(loss)(l).sum()), l.expand(2, 3, 4, 5)),
+        ):
+            with pytest.raises(RuntimeError, match=r"cannot be differentiated by torch.func.*backend='reference'"):
+                transformed(given)
+        torch.func.grad(functools.partial(loss, backend="reference"))(l)
+    torch.testing.assert_close(torch.func.vmap(loss)(l.expand(2, 3, 4, 5)), loss(l).expand(2))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+class _Subclass(torch.Tensor):
+    seen: ClassVar[set] = set()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.add(str(function))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_whoever_watches_sees_the_op(monkeypatch):
+    """Modes, profilers, tracers and subclasses meet dimkern::mean_loss; where nobody does, it is not called."""
+    l, m, _ = Case(P=2).tensors()
+    name = "dimkern.mean_loss.default"
+    with _Seen() as seen:
+        dimkern.infonce_loss(l, m)
+    assert name in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        dimkern.infonce_loss(l, m)
+    assert "dimkern::mean_loss" in {event.name for event in profiler.events()}
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        loss = dimkern.infonce_loss(fake.from_tensor(l), fake.from_tensor(m))
+    assert isinstance(loss, FakeTensor)
+    assert name in make_fx(lambda l, m: dimkern.infonce_loss(l, m))(l.detach(), m.detach()).code
+    dimkern.infonce_loss(l.as_subclass(_Subclass), m)
+    assert name in _Subclass.seen
+    assert dimkern.infonce_loss(l.to("meta"), m.to("meta")).is_meta
+    monkeypatch.setattr(ops, "_mean_loss_op", None)
+    dimkern.infonce_loss(l, m).backward()
+
+
+def test_the_op_and_what_it_does_agree(monkeypatch):
+    """Whichever gradients are wanted, to the last bit."""
+    for backend in BACKENDS:
+        for needs in ("l", "m", "s", "lms"):
+            case = Case(P=2, needs=needs)
+            runs = []
+            for watched in (False, True):
+                monkeypatch.setattr(ops, "is_watched", lambda *_, watched=watched: watched)
+                runs.append(ours("infonce", case, backend))
+            torch.testing.assert_close((runs[0].loss, runs[0].grads), (runs[1].loss, runs[1].grads), rtol=0, atol=0)
+
+
+def test_a_number_for_scale_is_made_outside_of_inference_mode():
+    """It is kept, and a training step that comes after an evaluation saves it for its backward."""
+    l, m, _ = Case(P=2).tensors()
+    with torch.inference_mode():
+        dimkern.infonce_loss(l, m, scale=0.8125)
+    dimkern.infonce_loss(l, m, scale=0.8125).backward()
+    assert l.grad is not None
 
 
 def test_batched_upstream_gradients():

@@ -17,7 +17,6 @@ from ..plan import Plan, own_images
 from .torch import TorchTiles
 
 _native = torch.ops.dimkern_cpu
-_WORTH_ADVICE = 2**20  # numbers; a call is a hundredth of the time that the smallest batch takes
 
 
 class CpuTiles(TorchTiles):
@@ -34,9 +33,6 @@ class CpuTiles(TorchTiles):
     ) -> None:
         super().__init__(plan, c, g, scale, grad_c, grad_h)
         p = plan.problem
-        for gradient in (grad_c, grad_h):
-            if gradient is not None and gradient.numel() >= _WORTH_ADVICE:
-                _native.advise.default(gradient)
         if p.staged and p.strided:  # the kernels stage panels by themselves
             self._staging_images = own_images(p)
         self._factor = scale.item()
@@ -88,13 +84,6 @@ class CpuTiles(TorchTiles):
         kept, panels = _native.kept_sizes.default(g, c.shape[0] * c.shape[1])
         return self._buffer(f"kept {first_image}", kept), self._buffer(f"panels {first_image}", panels)
 
-    def _buffer(self, name: str, size: int) -> Tensor:
-        fresh = name not in self._buffers
-        buffer = super()._buffer(name, size)
-        if fresh:
-            _native.advise.default(buffer)
-        return buffer
-
     def _weigh(self, rows: slice, cols: slice, keep: Tensor | None, panel_ref: Tensor | None) -> tuple[Tensor, Tensor]:
         g, c = self._matrices(rows, cols)
         ref, sums = _native.weigh.default(
@@ -135,7 +124,7 @@ class CpuTiles(TorchTiles):
         return self._per_row(sums)
 
     def _matrices(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
-        """Summaries (images, P, K), and local features (cols, L, K) which the kernels stage panel by panel if need be."""
+        """Summaries (images, P, K), and local features (cols, L, K), which the kernels stage by panels if need be."""
         return self._rows[rows], self._c[self._here(cols)] if self._c.ndim == 3 else self._locals(cols)
 
     def _where(self, rows: slice, cols: slice) -> tuple[str, float, float, int, int]:

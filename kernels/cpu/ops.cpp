@@ -225,6 +225,19 @@ std::tuple<std::int64_t, std::int64_t> kept_sizes(const Tensor& g, std::int64_t 
   });
 }
 
+// Ask for huge pages under a large fresh tensor, whose first touch is mostly page faults otherwise: 8 to 25 % of a
+// whole loss from N=64, L=64, K=512 on. A small one shares its pages with others and gains nothing.
+void advise([[maybe_unused]] const std::optional<Tensor>& x) {
+#if defined(MADV_HUGEPAGE)
+  if (!x.has_value()) return;
+  constexpr std::uintptr_t page = 2 << 20, worth = 4 * page;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x->data_ptr());
+  const std::uintptr_t end = begin + x->numel() * x->element_size();
+  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (end - begin >= worth) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor& by_row, std::string estimator,
                                  double scale, double clip, std::int64_t row0, std::int64_t col0,
                                  const Tensor& positives, std::optional<Tensor> keep, std::optional<Tensor> panel_ref) {
@@ -238,6 +251,7 @@ std::tuple<Tensor, Tensor> weigh(const Tensor& g, const Tensor& c, const Tensor&
     std::vector<T> refs(shares.count * p.R);
     std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
+    advise(keep);
     Tensor scratch = fresh<T>({shares.count * bytes / std::int64_t(sizeof(T))});
     T* ref = refs.data();
     double* sum = sums.data();
@@ -278,6 +292,8 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
     const Shares shares(p.R, p.M, p.K);
     std::vector<double> sums(shares.count * p.R);
     const std::int64_t bytes = use.scratch + columns.staging;  // of a thread
+    if (!add_h) advise(grad_h);
+    if (!add_c) advise(grad_c);
     Tensor scratch = fresh<T>({shares.count * bytes / std::int64_t(sizeof(T))});
     const std::int64_t size = p.R * p.K;
     std::optional<Tensor> partial;
@@ -325,18 +341,6 @@ Tensor accumulate(const Tensor& g, const Tensor& c, const Tensor& by_row, const 
   });
 }
 
-// Ask for huge pages under a large fresh tensor, whose first touch is mostly page faults otherwise: 8 to 25 % of a
-// whole loss from N=64, L=64, K=512 on. A small one shares its pages with others and gains nothing.
-void advise(const Tensor& x) {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t page = 2 << 20, worth = 4 * page;
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(x.data_ptr());
-  const std::uintptr_t end = begin + x.numel() * x.element_size();
-  const std::uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (end - begin >= worth) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 constexpr std::int64_t kPositivesWorthAThread = 4096;
 
 // The whole of a batch in one call: statistics, finish and the gradients of the mean loss for which there is room.
@@ -377,7 +381,6 @@ std::tuple<Tensor, Tensor, Tensor> mean_loss(const Tensor& g, const Tensor& c, s
         if (differentiated) {
           const auto [kept, panels] = kept_sizes(g, batch.N * batch.L);
           keep = fresh<T>({kept}), panel_ref = fresh<T>({panels});
-          advise(*keep);
         }
         const auto [ref, sums] = weigh(g, c, rows, estimator, scale, clip, 0, 0, positives, keep, panel_ref);
         dimkern::log_sums<E>(batch, data<T>(ref), data<double>(sums), negative.data());
@@ -418,7 +421,7 @@ std::string isas() {
       fate = asked == &candidate ? "chosen by DIMKERN_CPU_ISA" : "chosen, the fastest that runs here";
     lines += candidate.name + (": " + fate) + "\n";
   }
-  if (wanted && !(asked && usable(*asked)))
+  if (wanted && *wanted && !(asked && usable(*asked)))
     lines += std::string("DIMKERN_CPU_ISA: ") + wanted + " is none that runs here\n";
   return lines;
 }
@@ -443,7 +446,6 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
   m.def(
       "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, float kappa,"
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor, Tensor)");
-  m.def("advise(Tensor(a!) x) -> ()");
   m.def("isas() -> str");
   m.def("bf16_inner() -> int");
 }
@@ -454,7 +456,6 @@ STABLE_TORCH_LIBRARY_IMPL(dimkern_cpu, CompositeExplicitAutograd, m) {
   m.impl("weigh", TORCH_BOX(&weigh));
   m.impl("accumulate", TORCH_BOX(&accumulate));
   m.impl("mean_loss", TORCH_BOX(&mean_loss));
-  m.impl("advise", TORCH_BOX(&advise));
   m.impl("isas", TORCH_BOX(&isas));
   m.impl("bf16_inner", TORCH_BOX(&bf16_inner));
 }
