@@ -253,7 +253,7 @@ def _mean_loss_autograd(keyset, c, g, scale, *choices):
 
 def mean_loss(
     c: Tensor, g: Tensor, scale: Tensor, estimator: str, kappa: float, clip: float | None, grad_c: bool, grad_g: bool,
-    backend: str = "streaming",
+    backend: str,
 ) -> tuple[Tensor, Scores]:  # fmt: skip
     """The mean loss, with the gradients that are needed behind it, and its statistics.
 

@@ -1,18 +1,18 @@
 // What rows of a whole batch add to the mean loss and weigh in its gradient, for one instruction set; included by
 // tiles.inc.h inside its namespace.
 
-constexpr int kSideBySide = 8;  // positives of a row that are mapped at once: vectors of double
+constexpr int kAtOnce = 8;  // positives of a row that are mapped at once: vectors of double
 
 // The sum of term(l) over the positives l of a row.
 template <class Term>
 DK_FN double sum_positives(std::int64_t L, Term term) {
-  double sums[kSideBySide] = {}, total = 0;
+  double sums[kAtOnce] = {}, total = 0;
   std::int64_t l = 0;
-  for (; l + kSideBySide <= L; l += kSideBySide) {
-    for (int i = 0; i < kSideBySide; ++i) sums[i] += term(l + i);
+  for (; l + kAtOnce <= L; l += kAtOnce) {
+    for (int i = 0; i < kAtOnce; ++i) sums[i] += term(l + i);
   }
   for (; l < L; ++l) total += term(l);
-  for (int i = 0; i < kSideBySide; ++i) total += sums[i];
+  for (int i = 0; i < kAtOnce; ++i) total += sums[i];
   return total;
 }
 
@@ -23,7 +23,7 @@ void row_losses(const char* estimator, const Batch& b, std::int64_t begin, std::
   with_estimator(estimator, [&](auto row) {
     using E = decltype(row);
     for (std::int64_t r = begin; r < end; ++r) {
-      const T* s = positives + r * b.L;
+      const T* __restrict s = positives + r * b.L;
       const double negative = negatives[r];
       losses[r] =
           b.each() * sum_positives(b.L, [&](std::int64_t l) {
@@ -42,8 +42,8 @@ void row_weights(const char* estimator, const Batch& b, std::int64_t begin, std:
   with_estimator(estimator, [&](auto row) {
     using E = decltype(row);
     for (std::int64_t r = begin; r < end; ++r) {
-      const T* s = positives + r * b.L;
-      T* weights = own + r * b.L;
+      const T* __restrict s = positives + r * b.L;
+      T* __restrict weights = own + r * b.L;
       double to = negatives[r], weight = 1;
       if constexpr (E::family == Family::global_lse) {
         to += log_pairs;

@@ -116,19 +116,29 @@ DK_FN T exp(T x) {
 #endif
 }
 
+// e^-|x|: of one score softplus and sigmoid need the same, and a compiler makes it once.
+template <class T>
+DK_FN T exp_minus_magnitude(T x) {
+  return exp(x < T(0) ? x : -x);
+}
+
 template <class T>
 DK_FN T sigmoid(T x) {
+#if defined(__CUDA_ARCH__)
   return T(1) / (T(1) + exp(-x));
+#else
+  const T e = exp_minus_magnitude(x);
+  return (x < T(0) ? e : T(1)) / (T(1) + e);
+#endif
 }
 
 template <class T>
 DK_FN T softplus(T x) {
-  const T magnitude = x < T(0) ? -x : x;
-  const T positive = x < T(0) ? T(0) : x;
+  const T positive = x < T(0) ? T(0) : x, e = exp_minus_magnitude(x);
 #if defined(__CUDA_ARCH__)
-  return positive + ::log1p(::exp(-magnitude));
+  return positive + ::log1p(e);
 #else
-  return positive + detail::log1p_unit<T, sizeof(T) == 4 ? 8 : 16>(exp(-magnitude));
+  return positive + detail::log1p_unit<T, sizeof(T) == 4 ? 8 : 16>(e);
 #endif
 }
 
