@@ -138,7 +138,7 @@ DK_FN T softplus(T x) {
 #if defined(__CUDA_ARCH__)
   return positive + ::log1p(e);
 #else
-  return positive + detail::log1p_unit<T, sizeof(T) == 4 ? 8 : 16>(e);
+  return positive + detail::log1p_unit<T, sizeof(T) == 4 ? 6 : 16>(e);
 #endif
 }
 
