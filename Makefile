@@ -62,7 +62,8 @@ bench: setup ## benchmark every contender, draw the README's pictures
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	$(BIN)/python -m benchmarks.compare --grid readme --json benchmarks/results/scaling.json --plots docs/img
 	$(BIN)/python -m benchmarks.pair_mlp --images 16 32 --json benchmarks/results/pair_mlp.json
-	$(BIN)/python -m benchmarks.compare --grid full --estimators infonce jsd dv --json benchmarks/results/grid.json --plots docs/img
+	$(BIN)/python -m benchmarks.compare --grid full --estimators infonce jsd dv --only dimkern-cpu eager --rounds 5 --no-memory --json benchmarks/results/grid.json
+	$(BIN)/python -m benchmarks.compare --grid full --dtypes float32 --rounds 5 --json benchmarks/results/peers.json --plots docs/img
 
 # The library in dimkern/_native is the one that `make setup` built: the stable ABI has to hold.
 OLDEST := .venv-oldest/bin/python

@@ -213,11 +213,11 @@ def _grid(result: Result) -> plt.Figure:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "json", nargs="*", type=Path, help="files of compare --json (default: scaling and grid of benchmarks/results)"
+        "json", nargs="*", type=Path, help="files of compare --json (default: scaling and peers of benchmarks/results)"
     )
     parser.add_argument("--out", type=Path, default=_PICTURES, metavar="DIR", help="default: docs/img")
     args = parser.parse_args(argv)
-    for file in args.json or [_RESULTS / "scaling.json", _RESULTS / "grid.json"]:
+    for file in args.json or [_RESULTS / "scaling.json", _RESULTS / "peers.json"]:
         for path in draw(json.loads(file.read_text()), args.out):
             print(f"{file.name} -> {path.name}")
     return 0

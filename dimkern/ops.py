@@ -28,7 +28,7 @@ from .backends.torch import TorchTiles
 from .config import memory_budget
 from .estimators import Scores
 from .plan import Plan, describe, locals_gradient_dtype, plan_for, score_dtype_of, why_not
-from .validate import is_watched
+from .validate import is_watched, refuse_tangents
 
 _library = torch.library.Library("dimkern", "DEF")
 _library.define(
@@ -243,6 +243,7 @@ def _in_one_launch(ctx, grad_c, g, d_loss):
 
 
 def _mean_loss_autograd(keyset, c, g, scale, *choices):
+    refuse_tangents(c, g, scale)  # here too: while torch.compile traces, the public functions cannot see them
     with torch._C._AutoDispatchBelowAutograd():
         output = _mean_loss_op.redispatch(keyset & torch._C._after_autograd_keyset, c, g, scale, *choices)
     if not (torch.is_grad_enabled() and (c.requires_grad or g.requires_grad or scale.requires_grad)):
@@ -260,12 +261,13 @@ def mean_loss(
     The op of that name; where nothing would see it pass through the dispatcher, what the op does, as the two ways
     through Python and back are a third of a small batch's loss.
     """
-    choices = estimator, kappa, clip, grad_c, grad_g, backend
     if is_watched(c, g, scale):
-        loss, positives, negatives, _, _ = _mean_loss_op(c, g, scale, *choices)
+        loss, positives, negatives, _, _ = _mean_loss_op(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend)
         return loss, Scores(positives, negatives)
+    if torch.is_inference_mode_enabled():  # no graph is made, whether gradients are enabled within it or not
+        grad_c = grad_g = False
     with torch._C._AutoDispatchBelowAutograd():
-        loss, scores, d_c, d_h = _loss_and_gradients(c, g, scale, *choices)
+        loss, scores, d_c, d_h = _loss_and_gradients(c, g, scale, estimator, kappa, clip, grad_c, grad_g, backend)
     return (loss if d_c is None else _MeanLoss.apply(c, g, scale, loss, d_c, d_h, backend)), scores
 
 

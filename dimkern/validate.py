@@ -129,7 +129,10 @@ def check_generator(generator: torch.Generator | None, negatives: str) -> None:
 
 
 def is_watched(*tensors: Tensor) -> bool:
-    """Whether anything but autograd and autocast acts on what is called now, or on these tensors, or records it."""
+    """Whether anything but autograd and autocast acts on what is called now, or on these tensors, or profiles it.
+
+    Observers that watch from another thread, or record every operator of the process, are not known of.
+    """
     if (
         is_compiling()
         or _len_torch_dispatch_stack()
@@ -139,28 +142,38 @@ def is_watched(*tensors: Tensor) -> bool:
         or _profiler_enabled()
     ):
         return True
-    return any(type(x) not in (Tensor, Parameter) or x.is_meta for x in tensors)
+    return any(type(x) not in (Tensor, Parameter) or x.is_meta or _is_stand_in(x) for x in tensors)
+
+
+def _is_stand_in(x: Tensor) -> bool:
+    """Whether x's memory does not hold its numbers as they are, and the dispatcher would see to that."""
+    return x.is_neg() or x._is_zerotensor() or torch._is_functional_tensor(x)
 
 
 def refuse_transforms(*inputs: Tensor) -> None:
     """Forward mode, whose derivative of the ops would silently be 0, and torch.func's reverse mode, which has none."""
     if is_compiling():
         return
-    if forward_ad._current_level >= 0:
-        unpack = forward_ad.unpack_dual
-        if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
-            raise RuntimeError("dimkern's losses have no forward-mode derivative; use backend='reference' for that")
-    if peek_interpreter_stack() is not None and any(map(_is_differentiated, inputs)):
+    refuse_tangents(*inputs)
+    if peek_interpreter_stack() is not None and torch.is_grad_enabled() and any(map(_is_differentiated, inputs)):
         raise RuntimeError(
             "dimkern's losses cannot be differentiated by torch.func: use torch.autograd.grad or backward(), or "
             "backend='reference'"
         )
 
 
+def refuse_tangents(*inputs: Tensor) -> None:
+    if forward_ad._current_level < 0:
+        return
+    unpack = forward_ad.unpack_dual
+    if any(unpack(x).tangent is not None for x in inputs):  # type: ignore[no-untyped-call]
+        raise RuntimeError("dimkern's losses have no forward-mode derivative; use backend='reference' for that")
+
+
 def _is_differentiated(x: Tensor) -> bool:
     """Whether torch.func's reverse mode follows x, at whatever depth of transforms."""
     while is_functorch_wrapped_tensor(x):
-        if is_gradtrackingtensor(x):
+        if is_gradtrackingtensor(x) and x.requires_grad:  # what is made within a transform is wrapped, too
             return True
         x = get_unwrapped(x)
     return False

@@ -10,6 +10,8 @@ import pytest
 
 # a thread that waits must not spin where others need its core; read when torch loads OpenMP
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# the native library's own fresh tensors are NaN, as torch.empty's are below
+os.environ["DIMKERN_POISON"] = "1"
 
 import torch
 

@@ -352,8 +352,15 @@ def test_doctor():
 
 def test_forward_mode_is_refused_not_zero():
     l, m = torch.randn(3, 4, 5), torch.randn(3, 4)
+
+    def forward_mode(l):
+        return torch.func.jvp(lambda l: dimkern.fenchel_dual_loss(l, m), (l,), (torch.ones_like(l),))
+
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        torch.func.jvp(lambda l: dimkern.fenchel_dual_loss(l, m), (l,), (torch.ones_like(l),))
+        forward_mode(l)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.compile(forward_mode, backend="aot_eager")(l)
 
 
 def test_gradients_of_torch_func_are_refused():
@@ -371,6 +378,10 @@ def test_gradients_of_torch_func_are_refused():
             with pytest.raises(RuntimeError, match=r"cannot be differentiated by torch.func.*backend='reference'"):
                 transformed(given)
         torch.func.grad(functools.partial(loss, backend="reference"))(l)
+        # what the transform does not follow is served
+        q, value = torch.tensor(0.7), loss(l)
+        for followed in (lambda q: loss(l) * q, lambda q: loss((l * q).detach() / 0.7) * q):
+            torch.testing.assert_close(torch.func.grad(followed)(q), value)
     torch.testing.assert_close(torch.func.vmap(loss)(l.expand(2, 3, 4, 5)), loss(l).expand(2))
 
 
@@ -410,6 +421,10 @@ def test_whoever_watches_sees_the_op(monkeypatch):
     dimkern.infonce_loss(l.as_subclass(_Subclass), m)
     assert name in _Subclass.seen
     assert dimkern.infonce_loss(l.to("meta"), m.to("meta")).is_meta
+    negated = torch._neg_view(-l.detach())  # its memory holds the opposite of its numbers
+    torch.testing.assert_close(dimkern.infonce_loss(negated, m), dimkern.infonce_loss(l, m), rtol=0, atol=0)
+    zero = torch._efficientzerotensor(m.shape, dtype=m.dtype)
+    torch.testing.assert_close(dimkern.infonce_loss(l, zero), dimkern.infonce_loss(l, torch.zeros_like(m)))
     monkeypatch.setattr(ops, "_mean_loss_op", None)
     dimkern.infonce_loss(l, m).backward()
 
@@ -433,6 +448,8 @@ def test_a_number_for_scale_is_made_outside_of_inference_mode():
         dimkern.infonce_loss(l, m, scale=0.8125)
     dimkern.infonce_loss(l, m, scale=0.8125).backward()
     assert l.grad is not None
+    with torch.inference_mode(), torch.enable_grad():
+        assert not dimkern.infonce_loss(l, m).requires_grad
 
 
 def test_batched_upstream_gradients():

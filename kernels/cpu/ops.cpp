@@ -94,7 +94,11 @@ Tensor fresh(std::initializer_list<std::int64_t> shape) {
   AtenTensorHandle made;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.begin(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &made));
-  return Tensor(made);
+  Tensor x(made);
+  // torch's fill_uninitialized_memory does not reach here: our tests ask for it by the environment
+  static const bool poisoned = std::getenv("DIMKERN_POISON");
+  if (poisoned) std::memset(x.data_ptr(), 0xff, stride * sizeof(T));  // NaN
+  return x;
 }
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -438,11 +442,10 @@ STABLE_TORCH_LIBRARY(dimkern_cpu, m) {
       "weigh(Tensor g, Tensor c, Tensor by_row, str estimator, float scale, float clip, int row0, int col0,"
       " Tensor(a!) positives, Tensor(b!)? keep, Tensor(c!)? panel_ref) -> (Tensor, Tensor)");
   m.def(
-      "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float scale, float clip, int "
-      "row0,"
-      " int col0, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own, Tensor? "
-      "positives,"
-      " Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.) -> Tensor");
+      "accumulate(Tensor g, Tensor c, Tensor by_row, Tensor by_channel, str estimator, float scale, float clip,"
+      " int row0, int col0, Tensor? keep, Tensor? panel_ref, Tensor? ref, Tensor alpha, Tensor? own,"
+      " Tensor? positives, Tensor(a!)? grad_h, Tensor(b!)? grad_c, bool add_h, bool add_c, float own_each=0.)"
+      " -> Tensor");
   m.def(
       "mean_loss(Tensor g, Tensor c, str estimator, float scale, float clip, float kappa,"
       " Tensor(a!)? grad_h, Tensor(b!)? grad_c) -> (Tensor, Tensor, Tensor)");
