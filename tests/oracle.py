@@ -286,7 +286,9 @@ def slack(estimator, case, rounding=0.0, scores_rounding=None):
     if estimator in DIVERGENCES:
         f, h = DIVERGENCES[estimator]
         positives, negatives = f(positives), h(negatives)
-    terms = 1 + positives.abs().max() + negatives.abs().mean(-1).max()
+    # a log-sum-exp is rounded as what it is, the logarithm of the count where the scores are small
+    logarithm = 0.0 if estimator in DIVERGENCES else math.log(positives.numel())
+    terms = 1 + positives.abs().max() + negatives.abs().mean(-1).max() + logarithm
     count = positives.numel() if case.reduction == "sum" else 1
     by_g = torch.einsum("ipjl,jkl->ikp", w, c)
     grads = {

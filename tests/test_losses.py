@@ -138,6 +138,15 @@ def test_the_plan_uses_both_orders(backend):
         assert len(list(tight.row_blocks())) == 9
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_scores_at_all(backend):
+    """All scores are 0: the loss is the logarithm of a count, merged over column blocks and rounded at each."""
+    case = Case(N=7, P=3, L=8, K=1, l_dtype=F64, m_dtype=F64, self_mask="exclude", scale=0.0, budget=0.0)
+    run = ours("infonce", case, backend)
+    assert_within_budget("infonce", case, run)
+    torch.testing.assert_close(run.loss, torch.tensor(49.0, dtype=F64).log(), rtol=1e-15, atol=0)
+
+
 @pytest.fixture
 def plans(monkeypatch):
     """The plans that ran, in order."""
