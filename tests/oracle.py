@@ -286,9 +286,9 @@ def slack(estimator, case, rounding=0.0, scores_rounding=None):
     if estimator in DIVERGENCES:
         f, h = DIVERGENCES[estimator]
         positives, negatives = f(positives), h(negatives)
-    # a log-sum-exp is rounded as what it is, the logarithm of the count where the scores are small
-    logarithm = 0.0 if estimator in DIVERGENCES else math.log(positives.numel())
-    terms = 1 + positives.abs().max() + negatives.abs().mean(-1).max() + logarithm
+    terms = 1 + positives.abs().max() + negatives.abs().mean(-1).max()
+    # a log-sum-exp is rounded as what it is, the logarithm of the count where all scores are small
+    logarithm = 0.0 if estimator in DIVERGENCES else 8 * torch.finfo(case.score_dtype).eps * math.log(positives.numel())
     count = positives.numel() if case.reduction == "sum" else 1
     by_g = torch.einsum("ipjl,jkl->ikp", w, c)
     grads = {
@@ -296,7 +296,7 @@ def slack(estimator, case, rounding=0.0, scores_rounding=None):
         "m": (scale.abs() * by_g).reshape(m.shape),
         "s": (by_g * g).sum(),
     }
-    return float(unit * terms * count), {name: (unit + rounding) * x for name, x in grads.items()}
+    return float((unit * terms + logarithm) * count), {name: (unit + rounding) * x for name, x in grads.items()}
 
 
 def assert_within_budget(estimator, case, got: Run):
