@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from functools import lru_cache
@@ -72,5 +73,7 @@ def instruction_sets() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
-if (_unheeded := instruction_sets().get("DIMKERN_CPU_ISA")) is not None:
-    warnings.warn(f"DIMKERN_CPU_ISA: {_unheeded}; the fastest of those that do serves", stacklevel=2)
+if "DIMKERN_CPU_ISA" in os.environ:  # else nothing is chosen before the first loss
+    _unheeded = instruction_sets().get("DIMKERN_CPU_ISA")
+    if _unheeded is not None:
+        warnings.warn(f"DIMKERN_CPU_ISA: {_unheeded}; the fastest of those that do serves", stacklevel=2)

@@ -151,7 +151,7 @@ def _is_stand_in(x: Tensor) -> bool:
 
 
 def refuse_transforms(*inputs: Tensor) -> None:
-    """Forward mode, whose derivative of the ops would silently be 0, and torch.func's reverse mode, which has none."""
+    """Forward mode, and torch.func's reverse mode, which the ops have no derivative for."""
     if is_compiling():
         return
     refuse_tangents(*inputs)
@@ -163,6 +163,7 @@ def refuse_transforms(*inputs: Tensor) -> None:
 
 
 def refuse_tangents(*inputs: Tensor) -> None:
+    """Without this a forward-mode derivative of the ops would silently be 0."""
     if forward_ad._current_level < 0:
         return
     unpack = forward_ad.unpack_dual

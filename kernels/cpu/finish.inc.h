@@ -55,8 +55,8 @@ void row_weights(const char* estimator, const Batch& b, std::int64_t begin, std:
           return q;
         });
       }
-      const double finite = to == -INFINITY ? 0.0 : to;  // any finite reference serves an empty row
-      alpha[r] = sum[r] == 0 ? T(0) : T(weight * std::exp(double(ref[r]) - finite));
+      if (to == -INFINITY) to = 0;  // any finite reference serves an empty row
+      alpha[r] = sum[r] == 0 ? T(0) : T(weight * std::exp(double(ref[r]) - to));
     }
   });
 }
